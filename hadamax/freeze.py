@@ -1,0 +1,68 @@
+"""Choosing the base leaves that train: two trees with holes, or a boolean tree for optax."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from hadamax import paths
+
+
+def _selected(params: Any, patterns: Iterable[paths.Pattern]) -> set[str]:
+    all_paths = list(paths.leaves(params))
+    selected: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
+        regex = paths.compile_pattern(pattern)
+        ancestors = ((p, (p.rsplit("/", n)[0] for n in range(p.count("/") + 1))) for p in all_paths)
+        matched = {path for path, names in ancestors if any(regex.fullmatch(name) for name in names)}
+        if not matched:
+            raise paths.no_match(pattern, all_paths)
+        selected |= matched
+    return selected
+
+
+def split(params: Any, patterns: Iterable[paths.Pattern]) -> tuple[Any, Any]:
+    """`(trainable, frozen)`: the same tree twice, each with None where the other has the leaf.
+
+    Args:
+        params: any pytree of parameters.
+        patterns: leaves, or modules with everything below them, by path (`["**/norm/scale", "bias"]`).
+
+    Raises:
+        NoMatchError: a pattern selects nothing.
+
+    Example:
+        >>> split({"dense": {"kernel": 1, "bias": 2}}, ["bias"])
+        ({'dense': {'bias': 2, 'kernel': None}}, {'dense': {'bias': None, 'kernel': 1}})
+    """
+    selected = _selected(params, patterns)
+    trainable = paths.map_leaves(lambda path, leaf: leaf if path in selected else None, params)
+    frozen = paths.map_leaves(lambda path, leaf: None if path in selected else leaf, params)
+    return trainable, frozen
+
+
+def join(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `split`.
+
+    Example:
+        >>> join(*split({"dense": {"kernel": 1, "bias": 2}}, ["bias"]))
+        {'dense': {'bias': 2, 'kernel': 1}}
+    """
+    return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def trainable_mask(params: Any, patterns: Iterable[paths.Pattern]) -> Any:
+    """The tree with True at the leaves that train, for optax's own `masked` and `partition`.
+
+    `optax.masked(tx, mask)` passes the updates of the other leaves through unchanged: to freeze them, use
+    `optax.selective_transform(tx, freeze_mask=jax.tree.map(operator.not_, mask))`, whose mask says what stays.
+
+    Raises:
+        NoMatchError: a pattern selects nothing.
+
+    Example:
+        >>> trainable_mask({"dense": {"kernel": 1, "bias": 2}}, ["bias"])
+        {'dense': {'bias': True, 'kernel': False}}
+    """
+    selected = _selected(params, patterns)
+    return paths.map_leaves(lambda path, leaf: path in selected, params)

@@ -1,0 +1,307 @@
+"""Rules that say which kernels of a parameter tree are adapted, and the functions over (params, adapters) they give."""
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hadamax import paths, targets, views
+from hadamax.adapter import Adapter, Factors, Linear
+from hadamax.config import adapter_from_config
+from hadamax.errors import ConfigError, HadamaxError, MergeError, nearest
+from hadamax.lazy import lazily
+from hadamax.summary import Row, Summary
+from hadamax.targets import Rule, Target
+from hadamax.weight import LazyWeight
+
+
+def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | None = None) -> Rule:
+    """An adapter with the view of the kernels it is for, or for some layers only.
+
+    Args:
+        adapter: the method.
+        view: role of each kernel axis (`hadamax.views`), in place of `inject`'s.
+        layers: indices of the layers to adapt: of the number in the path (`layers_3`, `h/3`) or, where the path has
+            none, on the kernel's first batch axis. Other layers have no factors.
+
+    Example:
+        >>> import hadamax as hx
+        >>> hx.at(hx.lora(4), view="oi", layers=[0, 1]).layers
+        (0, 1)
+    """
+    return Rule(adapter, view, None if layers is None else tuple(layers))
+
+
+class Injection(NamedTuple):
+    """Adapters placed in a parameter tree by rules. Made by `inject`; all methods are pure.
+
+    `params` is any pytree of arrays: linen dicts, `nnx.State`, plain dicts. `adapters` is `{kernel path: factors}`, each
+    factor leading with the kernel's batch axes (restricted to the rule's layers).
+    """
+
+    rules: tuple[tuple[paths.Pattern, Rule], ...]
+    view: str | None = None
+    exclude: tuple[paths.Pattern, ...] = ()
+
+    def targets(self, params: Any) -> dict[str, Target]:
+        """The kernels that the rules select, by path.
+
+        Raises:
+            NoMatchError: a pattern or an exclusion that selects nothing, or a layer that is not there.
+            NotAMatrixError: a pattern that selects a bias, a norm's scale or another vector.
+            ViewError: a kernel of more than two axes without a view, or a view that does not fit.
+        """
+        shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params).items() if hasattr(leaf, "shape")}
+        return targets.find(self.rules, self.view, self.exclude, shapes)
+
+    def init(self, key: jax.Array, params: Any) -> dict[str, Factors]:
+        """Fresh factors; the update is zero. A kernel's factors depend on `key`, its path and its values alone.
+
+        Raises:
+            HadamaxError: what `targets` raises, or a hyper-parameter that does not fit a kernel.
+        """
+        leaves = paths.leaves(params)
+        adapters = {}
+        for path, target in self.targets(params).items():
+            linear, batch = _stacked(_canonical(leaves, target), target)
+            if target.layers is not None:
+                batch = (len(target.layers), *batch[1:])
+            keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(linear.kernel))
+            try:
+                # one matrix after the other: an SVD of a whole stack at once would take the stack's size several times
+                factors = jax.lax.map(lambda args, init=target.adapter.init: init(*args), (keys, linear))
+            except HadamaxError as error:
+                raise type(error)(f"{path}: {error}") from None
+            adapters[path] = jax.tree.map(lambda leaf, batch=batch: leaf.reshape(*batch, *leaf.shape[1:]), factors)
+        return adapters
+
+    def bind(self, params: Any, adapters: Mapping[str, Factors]) -> Any:
+        """The parameters with a `LazyWeight` at each adapted kernel, for a function wrapped by `hx.lazily`.
+
+        Raises:
+            ConfigError: the adapters were made for other kernels.
+        """
+        leaves, selected = paths.leaves(params), self._checked(params, adapters)
+
+        def lazy(path: str, leaf: Any) -> Any:
+            if path not in selected:
+                return leaf
+            target, factors, active = selected[path], adapters[path], None
+            if target.layers is not None:
+                batch = views.sizes(leaf.shape, target.axes, views.of_role(target.axes, "b"))
+                index = np.zeros(batch[0], int)
+                index[list(target.layers)] = range(len(target.layers))
+                factors = jax.tree.map(lambda f: f[index], factors)  # inactive layers hold factors that nothing reads
+                on = np.isin(range(batch[0]), target.layers)
+                active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
+            bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
+            return LazyWeight(leaf, bias, factors, active, adapter=target.adapter, axes=target.axes, path=path)
+
+        return paths.map_leaves(lazy, params)
+
+    def apply(self, fn: Callable) -> Callable:
+        """`(params, adapters, *args, **kwargs) -> fn(adapted params, *args, **kwargs)`, nothing merged beyond its layer.
+
+        Args:
+            fn: a function of parameters, `model.apply` for linen. Its code is not changed. Put `jax.jit` around the
+                result: it is traced at each call.
+        """
+        call = lazily(fn)
+
+        def adapted(params, adapters, *args, **kwargs):
+            return call(self.bind(params, adapters), *args, **kwargs)
+
+        return adapted
+
+    def merge(self, params: Any, adapters: Mapping[str, Factors]) -> Any:
+        """New parameters with the updates folded in, each rounded once to its kernel's dtype. Keep `params` to unmerge.
+
+        A shift of a layer without a bias (Hadamard Adapter) adds a `bias` leaf.
+
+        Raises:
+            MergeError: factors that are not finite (outside `jit`), a method that does not fold.
+            ConfigError: the adapters were made for other kernels.
+        """
+        leaves, merged, new = paths.leaves(params), {}, {}
+        for path, target in self._checked(params, adapters).items():
+            factors = adapters[path]
+            for leaf in jax.tree.leaves(factors):
+                if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+                    raise MergeError(f"{path}: the factors hold NaN or infinity; nothing was merged")
+            linear = _canonical(leaves, target)
+            stacked, batch = _stacked(linear, target)
+            rows = len(stacked.kernel)
+            flat = jax.tree.map(lambda leaf, rows=rows: leaf.reshape(rows, *leaf.shape[len(batch) :]), factors)
+            result = jax.lax.map(lambda args, merge=target.adapter.merge: merge(*args), (flat, stacked))
+            kernel, bias = _unstacked(result, linear, target)
+            shape = leaves[path].shape
+            merged[path] = views.restore(kernel, target.axes, shape)
+            if bias is not None:
+                where = target.bias or f"{paths.module_of(path)}/bias".lstrip("/")
+                (merged if target.bias else new)[where] = views.restore(
+                    bias, target.bias_axes, views.sizes(shape, target.axes, list(target.bias_axes))
+                )
+        params = paths.map_leaves(lambda path, leaf: merged.get(path, leaf), params)
+        for path, bias in new.items():
+            try:
+                params = paths.add_leaf(params, path, bias)
+            except TypeError as error:
+                raise MergeError(
+                    f"{path}: merging needs a bias that the layer lacks, and cannot add one to a {error}"
+                ) from None
+        return params
+
+    def summary(self, params: Any) -> Summary:
+        """What the rules select, with shapes and counts; print it. Takes arrays or `jax.ShapeDtypeStruct`s."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0), params)
+        leaves = paths.leaves(params)
+        rows = [
+            Row(path, str(target.adapter.config["method"]), leaves[path].shape, _size(shapes[path]))
+            for path, target in self.targets(params).items()
+        ]
+        return Summary(rows, sum(row.trainable for row in rows), _size(leaves))
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON that `from_config` takes."""
+
+        def named(pattern: paths.Pattern) -> dict[str, Any]:
+            return {"pattern": pattern} if isinstance(pattern, str) else {"regex": pattern.pattern}
+
+        rules = [
+            {
+                **named(pattern),
+                "adapter": dict(rule.adapter.config),
+                "view": rule.view,
+                "layers": None if rule.layers is None else list(rule.layers),
+            }
+            for pattern, rule in self.rules
+        ]
+        return {"rules": rules, "view": self.view, "exclude": [named(pattern) for pattern in self.exclude]}
+
+    def _checked(self, params: Any, adapters: Mapping[str, Factors]) -> dict[str, Target]:
+        selected = self.targets(params)
+        if selected.keys() != adapters.keys():
+            odd = sorted(selected.keys() ^ adapters.keys())[0]
+            kind = (
+                "has no factors among the adapters" if odd in selected else "is in the adapters, but no rule selects it"
+            )
+            raise ConfigError(f"{odd} {kind}: the adapters were made by other rules or for another model")
+        return selected
+
+
+def inject(
+    rules: Mapping[paths.Pattern, Adapter | Rule],
+    *,
+    view: str | None = None,
+    exclude: Iterable[paths.Pattern] = (),
+) -> Injection:
+    """Place adapters in a parameter tree.
+
+    Args:
+        rules: `{pattern: adapter}` or `{pattern: hx.at(adapter, view=, layers=)}`, in order; the first match wins.
+            Patterns are globs or compiled regular expressions over kernel or module paths (`hadamax.paths`); a name
+            without `/` means every module of that name.
+        view: role of each axis for every kernel of that many axes, `"bio"` for stacked layers. Kernels of two axes are
+            `"io"` without one.
+        exclude: patterns of kernels to leave alone.
+
+    Raises:
+        ConfigError: no rules, or a value that is no adapter.
+        ViewError: a view that is none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, hadamax as hx
+        >>> params = {"mlp": {"up": {"kernel": jnp.ones((4, 8))}, "down": {"kernel": jnp.ones((8, 4))}}}
+        >>> injection = hx.inject({"up": hx.hira(2)})
+        >>> adapters = injection.init(jax.random.key(0), params)
+        >>> list(adapters)
+        ['mlp/up/kernel']
+        >>> forward = injection.apply(lambda p, x: x @ p["mlp"]["up"]["kernel"])
+        >>> forward(params, adapters, jnp.ones(4))
+        Array([4., 4., 4., 4., 4., 4., 4., 4.], dtype=float32)
+    """
+    if not isinstance(rules, Mapping) or not rules:
+        raise ConfigError(f"inject needs rules, {{pattern: adapter}}, found {rules!r}")
+    made = []
+    for pattern, value in rules.items():
+        rule = Rule(value) if isinstance(value, Adapter) else value
+        if not isinstance(rule, Rule) or not isinstance(rule.adapter, Adapter):
+            raise ConfigError(
+                f"the rule for {paths.text(pattern)} must be an adapter or hx.at(adapter, ...), found {value!r}"
+            )
+        made.append((pattern, rule))
+    for used in [view, *(rule.view for _, rule in made)]:
+        if used is not None:
+            views.parse(used)
+    exclude = [exclude] if isinstance(exclude, (str, re.Pattern)) else exclude
+    return Injection(tuple(made), view, tuple(exclude))
+
+
+def from_config(config: Mapping[str, Any]) -> Injection:
+    """Rebuild an injection from `Injection.to_config()`, also after a round trip through JSON.
+
+    Raises:
+        ConfigError: a part that is missing, or an adapter that is unknown.
+
+    Example:
+        >>> import hadamax as hx
+        >>> injection = hx.inject({"q_proj": hx.at(hx.lora(4), layers=[0])}, view="bio")
+        >>> hx.from_config(injection.to_config()).to_config() == injection.to_config()
+        True
+    """
+
+    def pattern(entry: Mapping[str, Any]) -> paths.Pattern:
+        return re.compile(entry["regex"]) if "regex" in entry else entry["pattern"]
+
+    try:
+        rules = {
+            pattern(rule): at(adapter_from_config(rule["adapter"]), view=rule.get("view"), layers=rule.get("layers"))
+            for rule in config["rules"]
+        }
+        return inject(rules, view=config.get("view"), exclude=[pattern(entry) for entry in config.get("exclude", ())])
+    except (KeyError, TypeError, AttributeError) as error:
+        known = nearest("rules", list(config)) if isinstance(config, Mapping) else ""
+        raise ConfigError(f"not an injection's configuration: {type(error).__name__} {error}{known}") from None
+
+
+def _canonical(leaves: Mapping[str, Any], target: Target) -> Linear:
+    """The layer as `[batch..., in, out]` and `[batch..., out]`."""
+    kernel = views.canonical(jnp.asarray(leaves[target.path]), target.axes)
+    bias = None if target.bias is None else views.canonical(jnp.asarray(leaves[target.bias]), target.bias_axes)
+    return Linear(kernel, bias)
+
+
+def _stacked(linear: Linear, target: Target) -> tuple[Linear, tuple[int, ...]]:
+    """The target's layers with all batch axes as one, and the shape of the batch axes."""
+    batch = linear.kernel.shape[:-2]
+    if target.layers is not None:
+        linear = jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], linear)
+    flat = Linear(
+        linear.kernel.reshape(-1, *linear.kernel.shape[-2:]),
+        None if linear.bias is None else linear.bias.reshape(-1, linear.bias.shape[-1]),
+    )
+    return flat, batch
+
+
+def _unstacked(result: Linear, linear: Linear, target: Target) -> Linear:
+    """The inverse of `_stacked`: layers that are not the target's keep their weights, and a new bias there is zero."""
+    if target.layers is None:
+        batch = linear.kernel.shape[:-2]
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), result)
+    where, batch = jnp.array(target.layers), (len(target.layers), *linear.kernel.shape[1:-2])
+    result = jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), result)
+    bias = linear.bias
+    if result.bias is not None:
+        base = (
+            jnp.zeros((*linear.kernel.shape[:-2], linear.kernel.shape[-1]), result.bias.dtype) if bias is None else bias
+        )
+        bias = base.at[where].set(result.bias)
+    return Linear(linear.kernel.at[where].set(result.kernel), bias)
+
+
+def _size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))

@@ -1,0 +1,76 @@
+"""Products of factors that several methods share, and the initialisers that PyTorch's names stand for."""
+
+import jax
+import jax.numpy as jnp
+
+from hadamax.errors import ConfigError
+
+
+def wide(dtype) -> jnp.dtype:
+    """The dtype to compute weights and keep factors in: at least float32."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+def on_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """The vector with leading axes of size 1, to act on the last axis of `like` (implicit rank promotion may raise)."""
+    return vector.reshape(*[1] * (like.ndim - 1), -1)
+
+
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype, slope: float = 5**0.5) -> jax.Array:
+    """torch's `kaiming_uniform_(a=slope)`: uniform within `sqrt(6 / ((1 + slope^2) fan_in))`."""
+    bound = (6 / ((1 + slope**2) * fan_in)) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def khatri_rao(b1: jax.Array, b2: jax.Array) -> jax.Array:
+    """Column-wise Khatri-Rao product of `[r1, n]` and `[r2, n]`: `[r1 r2, n]`, row `k = i r2 + j` is `b1[i] .* b2[j]`.
+
+    `(a1 @ b1) .* (a2 @ b2) == khatri_rao(a1.T, a2.T).T @ khatri_rao(b1, b2)` (ABBA, Theorem 1).
+    """
+    return (b1[:, None, :] * b2[None, :, :]).reshape(-1, b1.shape[1])
+
+
+def blockwise(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The matrix `[in, out]` whose block `(i, j)` is `a[i, j] @ b[i, j]`.
+
+    Args:
+        a: `[blocks, blocks, in / blocks, r]`.
+        b: `[blocks, blocks, r, out / blocks]`.
+    """
+    product = jnp.einsum("ijpr,ijrq->ipjq", a, b)
+    return product.reshape(a.shape[0] * a.shape[2], b.shape[1] * b.shape[3])
+
+
+def check_positive(method: str, **values: int | None) -> None:
+    """Raise ConfigError unless every value is a positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{method}: {name} must be a positive integer, found {value!r}")
+
+
+def check_rank(method: str, rank: int, kernel: jax.Array) -> None:
+    """Raise ConfigError where a factor pair of this rank would be larger than the matrix can use."""
+    if rank > min(kernel.shape):
+        raise ConfigError(
+            f"{method}: rank {rank} exceeds min(in, out) = {min(kernel.shape)} of a {kernel.shape} kernel"
+        )
+
+
+def check_blocks(method: str, rank: int, blocks: int) -> None:
+    """Raise ConfigError unless the rank divides into the block grid (`r_b = rank / blocks`)."""
+    check_positive(method, rank=rank, blocks=blocks)
+    if rank % blocks:
+        raise ConfigError(
+            f"{method}: rank {rank} is not divisible by blocks {blocks} (each block has rank rank / blocks);"
+            f" use rank {rank - rank % blocks or blocks} or {rank - rank % blocks + blocks}"
+        )
+
+
+def check_grid(method: str, rank: int, blocks: int, kernel: jax.Array) -> None:
+    """Raise ConfigError unless the kernel splits into the grid and each block can hold rank `rank / blocks`."""
+    for axis, size in zip(("in", "out"), kernel.shape, strict=True):
+        if size % blocks:
+            raise ConfigError(f"{method}: blocks {blocks} does not divide {axis} = {size} of a {kernel.shape} kernel")
+    block = (kernel.shape[0] // blocks, kernel.shape[1] // blocks)
+    if rank // blocks > min(block):
+        raise ConfigError(f"{method}: rank {rank} / blocks {blocks} = {rank // blocks} exceeds a block of {block}")

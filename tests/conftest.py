@@ -1,0 +1,30 @@
+"""What every test runs under. The environment is set before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example slow, so no deadline; derandomised, so that a failure in CI is a failure here.
+hypothesis.settings.register_profile(
+    "hadamax",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("hadamax")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
