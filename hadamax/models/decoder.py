@@ -1,0 +1,195 @@
+"""A decoder-only transformer of the Llama family (linen), with the parameter names of Hugging Face.
+
+`params["params"]` holds `embed_tokens/embedding [V, D]`, `layers/...` (every leaf with a leading layer axis; or
+`layers_0/...` with `scan_layers=False`), `norm/scale [D]` and, unless tied, `lm_head/kernel [D, V]`. Kernels are
+`[in, out]`.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hadamax.errors import ConfigError
+from hadamax.models.config import DecoderConfig
+from hadamax.models.layers import Block, Dense, Embedding, RMSNorm, project, rope_frequencies
+from hadamax.models.loss import chunked_cross_entropy
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far. Slots are shared by the rows; `mask` tells which hold a token."""
+
+    key: Array  # [L, B, length, KV, hd]
+    value: Array  # [L, B, length, KV, hd]
+    mask: Array  # [B, length] bool
+    used: Array  # int32 scalar: slots filled, the same for every row
+
+
+class Decoder(nn.Module):
+    """Llama-style language model.
+
+    Args:
+        config: the architecture.
+        dtype: of the activations and logits.
+        param_dtype: of freshly initialised parameters; given parameters may have any dtype and are cast at their use.
+        scan_layers: one stacked tree `layers/...` run by `nn.scan`; otherwise `layers_0/...`, `layers_1/...`.
+        remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products only).
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                        num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+        >>> model, ids = Decoder(config), jnp.zeros((1, 5), int)
+        >>> params = model.init(jax.random.key(0), ids)
+        >>> params["params"]["layers"]["self_attn"]["q_proj"]["kernel"].shape
+        (2, 16, 16)
+        >>> model.apply(params, ids).shape
+        (1, 5, 64)
+        >>> total, count = model.apply(params, ids, ids, jnp.ones((1, 5)), method="loss")
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat: str = "none"
+
+    @property
+    def view(self) -> str | None:
+        """Roles of the stacked kernels' axes, for `hx.inject(view=...)`."""
+        return "bio" if self.scan_layers else None
+
+    def setup(self):
+        c, kinds = self.config, (self.dtype, self.param_dtype)
+        if self.remat not in REMAT_POLICIES:
+            raise ConfigError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
+        self.embed_tokens = Embedding(c, *kinds)
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, 0)  # rope, mask, used; the cache by layer
+            block = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=axes,
+                length=c.num_hidden_layers,
+            )
+            self.layers: Any = block(c, *kinds)
+        else:
+            self.layers = [block(c, *kinds) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, *kinds)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense(c.vocab_size, False, c, *kinds)
+
+    def _head(self) -> tuple[Array, Array | None]:
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding.T, None
+        return self.lm_head.weights(self.config.hidden_size)
+
+    def _hidden(self, input_ids, positions, mask, cache=None, used=None) -> tuple[Array, Any]:
+        """Final hidden states `[B, S, D]`; with a cache also the new keys and values `[L, B, S, KV, hd]`."""
+        angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rope_frequencies(self.config))[None, None, :]
+        rope = (jnp.cos(angles), jnp.sin(angles))
+        x = self.embed_tokens(input_ids)
+        if self.scan_layers:
+            x, new = self.layers(x, rope, mask, used, cache)
+        else:
+            new = []
+            for i, layer in enumerate(self.layers):
+                x, kv = layer(x, rope, mask, used, jax.tree.map(lambda leaf, i=i: leaf[i], cache))
+                new.append(kv)
+            new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+        return self.norm(x), new
+
+    def _train_hidden(self, input_ids, attention_mask, positions, segment_ids):
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask.astype(bool)[:, None, None, :]
+        if segment_ids is not None:
+            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+            mask = same if mask is None else same & mask
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None, :], input_ids.shape)
+            if attention_mask is not None:
+                positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+        return self._hidden(input_ids, positions, mask)[0]
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Array:
+        """Next-token logits `[B, S, V]` in `dtype`.
+
+        Args:
+            input_ids: `[B, S]` integers.
+            attention_mask: `[B, S]`, nonzero where there is a token; padding may stand left or right.
+            positions: `[B, S]`; counted from the mask's first token where absent. Only differences matter.
+            segment_ids: `[B, S]` for packed rows: a token attends only to its own segment.
+        """
+        return project(self._train_hidden(input_ids, attention_mask, positions, segment_ids), *self._head(), self.dtype)
+
+    def loss(
+        self,
+        input_ids: Array,
+        targets: Array,
+        weights: Array,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+        chunk: int = 128,
+    ) -> tuple[Array, Array]:
+        """Sum of the weighted cross-entropies and sum of the weights, without the logits of the whole batch.
+
+        Args:
+            targets: `[B, S]`, the token that each position is to predict (the caller shifts).
+            weights: `[B, S]` float; 0 = ignored.
+            chunk: positions whose logits exist at a time, `[B, chunk, V]` float32.
+        """
+        hidden = self._train_hidden(input_ids, attention_mask, positions, segment_ids)
+        head = self._head()
+        return chunked_cross_entropy(lambda h: project(h, *head, self.dtype), hidden, targets, weights, chunk)
+
+    @nn.nowrap
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens, prompt and generated ones together."""
+        c = self.config
+        zeros = jnp.zeros((c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim), self.dtype)
+        return Cache(zeros, zeros, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+
+    def decode(self, input_ids: Array, attention_mask: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Appends `input_ids [B, T]` to the cache.
+
+        Args:
+            attention_mask: `[B, T]`, nonzero where there is a token; padding may stand left or right.
+
+        Returns:
+            Logits `[B, V]` after each row's last token of `input_ids` (generation needs no others), and the cache.
+        """
+        batch, length = input_ids.shape
+        valid = attention_mask.astype(bool)
+        positions = jnp.cumsum(cache.mask, axis=1)[:, -1:] + jnp.cumsum(valid, axis=1) - 1
+        filled = jax.lax.dynamic_update_slice_in_dim(cache.mask, valid, cache.used, 1)
+        slots = jnp.arange(filled.shape[1])
+        causal = slots[None, :] <= cache.used + jnp.arange(length)[:, None]
+        mask = filled[:, None, None, :] & causal[None, None, :, :]
+        hidden, new = self._hidden(
+            input_ids, jnp.maximum(positions, 0), mask, cache=(cache.key, cache.value), used=cache.used
+        )
+        key, value = (
+            jax.lax.dynamic_update_slice_in_dim(old, n, cache.used, 2) for old, n in zip(cache[:2], new, strict=True)
+        )
+        last = jnp.max(jnp.where(valid, jnp.arange(length)[None, :], 0), axis=1)
+        hidden = hidden[jnp.arange(batch), last]
+        return project(hidden, *self._head(), self.dtype), Cache(key, value, filled, cache.used + length)

@@ -1,0 +1,192 @@
+"""save_pretrained: transformers loads the directory with the same logits; nothing half-written is left behind."""
+
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import transformers
+from flax.traverse_util import unflatten_dict
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import hadamax.hf.export
+from hadamax.errors import CheckpointError, ConfigError, MergeError
+from hadamax.hf import load_pretrained, save_pretrained
+from hadamax.hf.load import expected_leaves
+from hadamax.models import Decoder, DecoderConfig, Llama3Rope
+
+from .conftest import SIZES, assert_same, logits_of, torch_logits
+
+ROPE = Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
+BASE = DecoderConfig(**SIZES, head_dim=6)
+CONFIGS = {
+    "untied": BASE,
+    "llama3-rope-tied": DecoderConfig(**SIZES, head_dim=6, rope_scaling=ROPE, tie_word_embeddings=True),
+    "biases-own-head-dim": DecoderConfig(**SIZES, head_dim=10, attention_bias=True, mlp_bias=True),
+}
+
+
+def random_params(config, scan_layers=True, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    leaves = expected_leaves(config, scan_layers)
+    values = {path: (0.3 * rng.standard_normal(leaf.shape)).astype(dtype) for path, leaf in leaves.items()}
+    return {"params": unflatten_dict(jax.tree.map(jnp.asarray, values), sep="/")}
+
+
+def with_leaf(params, path, value):
+    """A copy with the leaf at `path` set, or removed where `value` is None."""
+    flat = {"/".join(str(k.key) for k in keys): leaf for keys, leaf in jax.tree.leaves_with_path(params["params"])}
+    flat[path] = value
+    return {"params": unflatten_dict({k: v for k, v in flat.items() if v is not None}, sep="/")}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_transformers_loads_the_directory_with_the_same_logits(tmp_path, batch, config, scan_layers):
+    ids, mask = batch
+    model, params = Decoder(config, scan_layers=scan_layers), random_params(config, scan_layers)
+    save_pretrained(tmp_path / "out", model, params, config, max_shard_size="5GB" if scan_layers else "9KB")
+    reference, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    logits = np.asarray(logits_of(model, params, ids, mask))
+    assert not any(info.values())  # no key missing, unexpected or of another shape
+    assert np.abs(logits).max() > 1.0
+    assert np.abs(logits - torch_logits(reference, ids, mask))[mask == 1].max() < 1e-4
+
+
+@hypothesis.given(
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 3)]),
+    half=st.integers(1, 4),
+    layers=st.sampled_from([1, 2, 11]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+    scan_layers=st.booleans(),
+    shard=st.sampled_from(["5GB", 1, "2.5KiB"]),
+)
+@hypothesis.settings(max_examples=10)
+def test_what_is_saved_is_what_is_loaded(tmp_path_factory, heads, half, layers, flags, dtype, scan_layers, shard):
+    tie, attention_bias, mlp_bias = flags
+    config = DecoderConfig(
+        7, 4, 5, layers, *heads, 2 * half,
+        tie_word_embeddings=tie, attention_bias=attention_bias, mlp_bias=mlp_bias, eos_token_id=(1, 2),
+    )  # fmt: skip
+    model, params = Decoder(config, scan_layers=scan_layers), random_params(config, scan_layers, dtype)
+    target = tmp_path_factory.mktemp("round") / "out"
+    written = save_pretrained(target, model, params, config, max_shard_size=shard)
+    loaded, found, read = load_pretrained(target, scan_layers=scan_layers)
+    assert (read, loaded.dtype) == (written, dtype)
+    assert_same(found, params)
+
+
+def test_one_file_says_that_it_is_for_torch(tmp_path):
+    save_pretrained(tmp_path / "out", Decoder(BASE), random_params(BASE), BASE)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "out"]
+
+
+def test_shards_keep_below_the_limit_and_the_index_names_every_tensor(tmp_path):
+    params = random_params(BASE)
+    save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE, max_shard_size=10_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}
+    assert {tensor: name for name, held in shards.items() for tensor in held} == index["weight_map"]
+    assert all(sum(t.nbytes for t in held.values()) <= 10_000 for held in shards.values())
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "flag"),
+    [("layers/self_attn/o_proj/bias", 24, "attention_bias"), ("layers/mlp/gate_proj/bias", 40, "mlp_bias")],
+)
+def test_a_bias_that_merging_added_is_exported_with_zeros_beside_it(tmp_path, batch, path, width, flag):
+    ids, mask = batch
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal((2, width)), jnp.float32)
+    model, plain = Decoder(BASE), random_params(BASE)
+    params = with_leaf(plain, path, bias)
+    written = save_pretrained(tmp_path / "out", model, params, BASE)
+    logits = np.asarray(logits_of(model, params, ids, mask))
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert getattr(written, flag) and written.attention_bias != written.mlp_bias
+    assert np.abs(logits - logits_of(model, plain, ids, mask)).max() > 0.1  # the model uses the bias
+    assert np.abs(logits - torch_logits(reference, ids, mask))[mask == 1].max() < 1e-4
+
+
+def test_dtype_rounds_once_to_nearest_and_the_config_says_so(tmp_path):
+    params = random_params(BASE)
+    written = save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE, dtype="bfloat16")
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    kernel = np.asarray(params["params"]["layers"]["mlp"]["down_proj"]["kernel"])[1]
+    assert np.array_equal(found, kernel.T.astype(ml_dtypes.bfloat16))
+    assert written.dtype == json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_tokenizer_files_come_along_and_nothing_else(tmp_path):
+    source = tmp_path / "base"
+    source.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "notes.txt", "config.json"):
+        (source / name).write_text(f'"{name}"')
+    save_pretrained(tmp_path / "out", Decoder(BASE), random_params(BASE), BASE, tokenizer_from=source)
+    copied = {p.name for p in (tmp_path / "out").iterdir()} - {"config.json", "model.safetensors"}
+    assert copied == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '"tokenizer.json"'
+
+
+def test_a_target_that_holds_something_is_refused_and_an_empty_one_taken(tmp_path):
+    params = random_params(BASE)
+    (tmp_path / "empty").mkdir()
+    save_pretrained(tmp_path / "empty", Decoder(BASE), params, BASE)
+    before = (tmp_path / "empty" / "config.json").read_text()
+    for target in (tmp_path / "empty", tmp_path / "empty" / "config.json"):
+        with pytest.raises(CheckpointError, match=r"is not empty; choose another directory or remove it first"):
+            save_pretrained(target, Decoder(BASE), params, BASE)
+    assert (tmp_path / "empty" / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (OSError(28, "No space left on device"), CheckpointError, "cannot write .*No space left on device"),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+    ],
+)
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, raised, expected, message):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise raised
+
+    monkeypatch.setattr(hadamax.hf.export, "save_file", fail)
+    with pytest.raises(expected, match=message):
+        save_pretrained(tmp_path / "deep" / "out", Decoder(BASE), random_params(BASE), BASE)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+UNFIT = {
+    "lacks": ("norm/scale", None, CheckpointError, r"the parameters lack 'norm/scale' of shape \(24,\)"),
+    "shape": ("norm/scale", (23,), CheckpointError, r"'norm/scale': expected shape \(24,\), found \(23,\)"),
+    "extra": ("norm/shift", (24,), CheckpointError, r"'norm/shift' of shape \(24,\) has no place in the config"),
+    "lm-head-bias": ("lm_head/bias", (61,), MergeError, r"llama has no place for 'lm_head/bias'"),
+}
+
+
+@pytest.mark.parametrize(("path", "shape", "kind", "message"), UNFIT.values(), ids=UNFIT)
+def test_parameters_that_do_not_fit_the_config_are_refused(tmp_path, path, shape, kind, message):
+    params = with_leaf(random_params(BASE), path, None if shape is None else jnp.ones(shape))
+    with pytest.raises(kind, match=message):
+        save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["5 parsecs", 0, "-1GB", ""])
+def test_a_shard_size_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        save_pretrained(tmp_path / "out", Decoder(BASE), random_params(BASE), BASE, max_shard_size=size)
+
+
+def test_a_tokenizer_directory_that_is_absent_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no tokenizer directory at"):
+        save_pretrained(tmp_path / "out", Decoder(BASE), random_params(BASE), BASE, tokenizer_from=tmp_path / "none")

@@ -1,0 +1,196 @@
+"""load_pretrained: the same logits as transformers, and one clear line for every damaged directory."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from hadamax.errors import CheckpointError, ConfigError
+from hadamax.hf import load_pretrained
+
+from .conftest import LLAMA3_ROPE, SIZES, assert_same, logits_of, torch_logits
+
+FAMILY = {
+    "grouped-query": {},
+    "llama3-rope-tied": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    "own-head-dim": {"head_dim": 10, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+}
+
+
+@pytest.mark.parametrize("overrides", FAMILY.values(), ids=FAMILY)
+def test_logits_equal_those_of_transformers_with_padding_on_either_side(llama, batch, overrides):
+    reference = llama(**overrides)
+    ids, mask = batch
+    expected = reference.logits(ids, mask)
+    assert np.abs(expected).max() > 1.0  # else the tolerance would say nothing
+    for scan_layers in (True, False):
+        model, params, config = load_pretrained(reference.directory, scan_layers=scan_layers)
+        logits = np.asarray(logits_of(model, params, ids, mask))
+        assert config.num_hidden_layers == SIZES["num_hidden_layers"]
+        assert np.abs(logits - expected)[mask == 1].max() < 1e-4
+
+
+def test_without_a_mask_every_position_counts(llama, batch):
+    reference = llama()
+    ids, _ = batch
+    model, params, _ = load_pretrained(str(reference.directory))
+    assert np.abs(logits_of(model, params, ids) - reference.logits(ids, np.ones_like(ids))).max() < 1e-4
+
+
+def test_shards_load_like_a_single_file(llama):
+    single, sharded = llama("single"), llama("sharded", max_shard_size="10KB")
+    assert len(list(sharded.directory.glob("model-*.safetensors"))) > 2
+    _, expected, _ = load_pretrained(single.directory)
+    _, found, _ = load_pretrained(sharded.directory)
+    assert_same(found, expected)
+
+
+def test_bfloat16_stays_as_in_the_file_unless_asked(llama, batch):
+    reference = llama(dtype=torch.bfloat16)
+    ids, mask = batch
+    model, params, config = load_pretrained(reference.directory)
+    kernel = params["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+    weight = reference.model.model.layers[1].mlp.up_proj.weight.detach().float().numpy()
+    assert (model.dtype, kernel.dtype, config.dtype) == (jnp.bfloat16, jnp.bfloat16, "bfloat16")
+    assert np.array_equal(np.asarray(kernel[1], np.float32), weight.T)
+    assert logits_of(model, params, ids, mask).dtype == jnp.bfloat16
+    model, params, _ = load_pretrained(reference.directory, dtype="float32")
+    reference = transformers.LlamaForCausalLM.from_pretrained(reference.directory, dtype=torch.float32)
+    expected = torch_logits(reference, ids, mask)
+    assert np.abs(logits_of(model, params, ids, mask) - expected)[mask == 1].max() < 1e-4
+
+
+def test_a_repeated_tied_head_and_rope_tables_are_ignored(llama):
+    reference = llama(tie_word_embeddings=True)
+    path = reference.directory / "model.safetensors"
+    tensors = load_file(path)
+    _, expected, _ = load_pretrained(reference.directory)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    save_file(tensors, path)
+    assert_same(load_pretrained(reference.directory)[1], expected)
+
+
+def edit_tensors(change):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return damage
+
+
+def edit_index(change):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        path.rename(directory / "shard.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "shard.safetensors")}
+        change(index)
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def write(name, text):
+    return lambda directory: (directory / name).write_text(text)
+
+
+def truncate(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_header(directory):
+    (directory / "model.safetensors").write_bytes(b"\x10")
+
+
+def only_a_pickle(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+DAMAGE = {
+    "missing-tensor": (edit_tensors(lambda t: t.pop(Q0)), rf"lacks 1 of 21 tensors, first '{Q0}' of shape \(24, 24\)"),
+    "unexpected-tensor": (
+        edit_tensors(lambda t: t.update({"model.extra": np.ones((2, 3), np.float32)})),
+        r"'model.extra' .*not in the architecture of config.json, found shape \(2, 3\)",
+    ),
+    "wrong-shape": (
+        edit_tensors(lambda t: t.update({Q0: np.ones((24, 23), np.float32)})),
+        rf"'{Q0}' .*expected shape \(24, 24\), found \(24, 23\)",
+    ),
+    "integer-tensor": (edit_tensors(lambda t: t.update({Q0: np.ones((24, 24), np.int8)})), rf"'{Q0}' .*dtype I8"),
+    "truncated": (truncate, r"model.safetensors is damaged or incomplete"),
+    "no-header": (cut_header, r"model.safetensors is damaged or incomplete"),
+    "pickle-only": (only_a_pickle, r"holds neither .*found pytorch_model.bin: convert"),
+    "config-malformed": (write("config.json", '{\n"a": 1,\n"b" 2}'), r"config.json is not valid JSON: line 3"),
+    "config-no-object": (write("config.json", "[]"), r"config.json must hold a JSON object, found list"),
+    "config-binary": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe{"), r"config.json is not UTF-8"),
+    "config-absent": (lambda d: (d / "config.json").unlink(), r"cannot read .*config.json: No such file"),
+    "index-outside": (
+        edit_index(lambda i: i["weight_map"].update({Q0: "../shard.safetensors"})),
+        rf"puts tensor '{Q0}' into '../shard.safetensors', which is no file inside",
+    ),
+    "index-absolute": (edit_index(lambda i: i["weight_map"].update({Q0: "/etc/passwd"})), r"no file inside"),
+    "index-number": (edit_index(lambda i: i["weight_map"].update({Q0: 3})), r"into 3, which is no file inside"),
+    "index-empty": (edit_index(lambda i: i.clear()), r"index.json has no weight_map"),
+    "shard-absent": (edit_index(lambda i: i["weight_map"].update({Q0: "b.safetensors"})), r"b.safetensors is missing"),
+    "shard-lacks": (
+        edit_index(lambda i: i["weight_map"].update({"model.ghost": "shard.safetensors"})),
+        r"shard.safetensors lacks tensor 'model.ghost'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_directory_gives_one_line_that_names_the_culprit(llama, damage, message):
+    directory = llama().directory
+    damage(directory)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_pretrained(directory)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_named_nearly_right_is_suggested(llama):
+    directory = llama().directory
+    edit_tensors(lambda t: t.update({Q0.replace("q_proj", "qproj"): t.pop(Q0)}))(directory)
+    with pytest.raises(CheckpointError, match=r"nearest: 'model.layers.0.self_attn.qproj.weight'"):
+        load_pretrained(directory)
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(CheckpointError, match="is a file; give the directory"):
+        load_pretrained(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="no directory at"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("offline\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"^'some/model' is not a directory .* from the hub: offline$"):
+        load_pretrained("some/model")
+
+
+def test_a_hub_id_is_fetched_where_no_directory_has_that_name(llama, monkeypatch):
+    directory = llama().directory
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(directory))
+    load_pretrained("some/model")
+    assert asked == ["some/model"]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float31"])
+def test_a_dtype_that_is_not_floating_is_refused(llama, dtype):
+    with pytest.raises(ConfigError, match=f"dtype '{dtype}' is no floating type"):
+        load_pretrained(llama().directory, dtype=dtype)
