@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,8 +40,8 @@ def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | Non
 class Injection(NamedTuple):
     """Adapters placed in a parameter tree by rules. Made by `inject`; all methods are pure.
 
-    `params` is any pytree of arrays: linen dicts, `nnx.State`, plain dicts. `adapters` is `{kernel path: factors}`, each
-    factor leading with the kernel's batch axes (restricted to the rule's layers).
+    `params` is any pytree of arrays: linen dicts, `nnx.State`, plain dicts. `adapters` is `{kernel path: factors}`,
+    each factor leading with the kernel's batch axes (restricted to the rule's layers).
     """
 
     rules: tuple[tuple[paths.Pattern, Rule], ...]
@@ -104,7 +105,7 @@ class Injection(NamedTuple):
         return paths.map_leaves(lazy, params)
 
     def apply(self, fn: Callable) -> Callable:
-        """`(params, adapters, *args, **kwargs) -> fn(adapted params, *args, **kwargs)`, nothing merged beyond its layer.
+        """`(params, adapters, *args, **kwargs) -> fn(adapted, *args, **kwargs)`, nothing merged outside its layer.
 
         Args:
             fn: a function of parameters, `model.apply` for linen. Its code is not changed. Put `jax.jit` around the
@@ -134,8 +135,8 @@ class Injection(NamedTuple):
                     raise MergeError(f"{path}: the factors hold NaN or infinity; nothing was merged")
             linear = _canonical(leaves, target)
             stacked, batch = _stacked(linear, target)
-            rows = len(stacked.kernel)
-            flat = jax.tree.map(lambda leaf, rows=rows: leaf.reshape(rows, *leaf.shape[len(batch) :]), factors)
+            rows, ndim = len(stacked.kernel), len(batch)
+            flat = jax.tree.map(lambda leaf, rows=rows, ndim=ndim: leaf.reshape(rows, *leaf.shape[ndim:]), factors)
             result = jax.lax.map(lambda args, merge=target.adapter.merge: merge(*args), (flat, stacked))
             kernel, bias = _unstacked(result, linear, target)
             shape = leaves[path].shape

@@ -1,8 +1,8 @@
 """Parameters by path: `/`-joined names, the globs that select them, and trees rebuilt around some of them.
 
 A pattern is a glob over the path (`*` within a name, `**` any number of names, `{a,b}` alternatives), or a compiled
-regular expression that must match the whole path. A pattern without `/` may match at any depth. A pattern selects a leaf
-by the leaf's own path or by the path of the module that holds it.
+regular expression that must match the whole path. A pattern without `/` may match at any depth. A pattern selects a
+leaf by the leaf's own path or by the path of the module that holds it.
 """
 
 import functools
@@ -22,7 +22,7 @@ def _name(key: Any) -> str:
 
 
 def path_of(keys: Iterable[Any]) -> str:
-    """The path of a leaf from its tree keys. A linen collection key `params` and an nnx variable's `value` are no names."""
+    """The path of a leaf from its tree keys. linen's `params` and an nnx variable's `value` are no names."""
     names = [_name(key) for key in keys]
     if len(names) > 1 and names[0] == "params":
         names = names[1:]

@@ -1,4 +1,4 @@
-"""Which kernels of a tree the rules select: patterns, exclusions, views, biases and layers, with an error for each slip."""
+"""Which kernels the rules select: patterns, exclusions, views, biases and layers, with an error for each slip."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -128,7 +128,7 @@ def _bias(path: str, axes: views.Axes, shapes: Shapes) -> tuple[str | None, view
     expected = [views.sizes(shapes[path], axes, list(layout)) for layout in layouts]
     if shapes[bias] not in expected:
         raise ViewError(
-            f"{bias}: expected shape {expected[0]} for the kernel {shapes[path]} with axes {''.join(a[0] for a in axes)!r},"
-            f" found {shapes[bias]}"
+            f"{bias}: expected shape {expected[0]} for the kernel {shapes[path]} of view"
+            f" {''.join(label[0] for label in axes)!r}, found {shapes[bias]}"
         )
     return bias, layouts[expected.index(shapes[bias])]

@@ -1,7 +1,7 @@
 """Kernel views: what each axis of a kernel is, and the way between a kernel's own layout and `[batch..., in, out]`.
 
-A view has one role per axis: `b` batch (layers, experts, a fused index), `i` in, `o` out. Axes of one role are flattened
-in their order. Orientation is never guessed from shapes.
+A view has one role per axis: `b` batch (layers, experts, a fused index), `i` in, `o` out. Axes of one role are
+flattened in their order. Orientation is never guessed from shapes.
 """
 
 import math

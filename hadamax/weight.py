@@ -196,7 +196,8 @@ def cut(w: LazyWeight, dims: Sequence[int], function: Callable[[jax.Array, int, 
         return None
     own = views.of_role(w.axes, "b")
     for dim in dims:
-        fields = w.map_batch(lambda leaf, dim=dim: function(leaf, own.index(w.axes[dim]), dim))
+        axis = own.index(w.axes[dim])
+        fields = w.map_batch(lambda leaf, axis=axis, dim=dim: function(leaf, axis, dim))
         w = w.replace(kernel=function(w.kernel, dim, dim), **fields)
     return w
 

@@ -1,4 +1,4 @@
-"""The methods under the contract: adapter, dense formula, parameter count, and the factors without a gradient at init."""
+"""The methods under the contract: adapter, dense formula, parameter count, factors without a gradient at init."""
 
 from collections.abc import Callable
 from functools import partial

@@ -135,7 +135,7 @@ def test_the_cost_model_takes_the_forward_with_fewer_flops(rank, n_in, n_out):
 
 
 def test_boha_reconstructs_with_rank_one_blocks_what_hira_needs_rank_b_squared_for(x64):
-    """A b x b grid of independent rank-1 modulators (BoHA's synthetic experiment, our reconstruction, 16 x 16, b = 3)."""
+    """A b x b grid of independent rank-1 modulators (our reconstruction of BoHA's synthetic experiment, 12 x 12)."""
     b, size = 3, 12
     kernel = jax.random.uniform(jax.random.key(0), (size, size), jnp.float64, 0.5, 1.5)
     a, c = (jax.random.normal(jax.random.key(k), (b, b, size // b), jnp.float64) for k in (1, 2))

@@ -169,14 +169,14 @@ def test_only_some_layers_of_a_stack_are_adapted(x64):
     agree(model.apply, injection, params, adapters, x)
 
 
-def agree(apply, injection, params, adapters, *args):
+def agree(apply, injection, params, adapters, *args, rtol=1e-8):
     """Outputs and gradients of the lazy and of the merged model are the same."""
     lazy = jax.jit(injection.apply(apply))
     y, pull = jax.vjp(lambda a: lazy(params, a, *args), adapters)
     expected, pull_merged = jax.vjp(lambda a: apply(injection.merge(params, a), *args), adapters)
-    chex.assert_trees_all_close(y, expected, rtol=1e-9, atol=1e-10)
+    chex.assert_trees_all_close(y, expected, rtol=rtol, atol=rtol / 10)
     g = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-    chex.assert_trees_all_close(pull(g), pull_merged(g), rtol=1e-8, atol=1e-9)
+    chex.assert_trees_all_close(pull(g), pull_merged(g), rtol=rtol, atol=rtol / 10)
 
 
 def test_a_shift_is_applied_with_and_without_the_layers_own_bias(x64):
@@ -227,7 +227,8 @@ def test_nnx_state(adapter, x64):
     )
     adapters = perturbed(injection.init(jax.random.key(2), state), size=0.1)
     assert "attend/out/kernel" in adapters and "blocks/1/kernel" in adapters
-    agree(lambda state, x: nnx.merge(graph, state)(x), injection, state, adapters, normal(0, 5, D))
+    x = normal(0, 5, D)
+    agree(lambda state, x: nnx.merge(graph, state)(x), injection, state, adapters, x, rtol=1e-5)  # float32 softmax
 
 
 EINSUMS = {  # as google-deepmind/gemma, tunix, mixtures of experts and GPT-2 lay their kernels out

@@ -162,7 +162,7 @@ def test_scan_over_stacked_layers_agrees_with_a_loop(case: Case, x64):
     def loop(stacked):
         h = x
         for at in range(3):
-            h = jnp.tanh(case.adapter.dot(*jax.tree.map(lambda leaf: leaf[at], stacked), h))
+            h = jnp.tanh(case.adapter.dot(*jax.tree.map(lambda leaf, at=at: leaf[at], stacked), h))
         return h.sum()
 
     for a, b in zip(

@@ -5,8 +5,8 @@
 
 Init (section 3.2): with U S V^T the best rank-r1 approximation of the kernel, a1 = U S^1/2, b1 = S^1/2 V^T; a2 is
 Kaiming uniform with slope 0, as the authors' code has it; b2 is zero, so only b2 has a gradient at first. W0 itself is
-not changed. The rank is the total, r1 + r2, so ABBA r costs what LoRA r costs. The authors' code has s = alpha, which is
-`scale=alpha` here. Cost and the two forward forms are in `pairs`.
+not changed. The rank is the total, r1 + r2, so ABBA r costs what LoRA r costs. The authors' code has s = alpha, here
+`scale=alpha`. Cost and the two forward forms are in `pairs`.
 """
 
 import math
@@ -30,8 +30,8 @@ def top_singular(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `rank` largest singular triples `u [in, r], s [r], vt [r, out]`.
 
-    Exact without a key. With one, the randomised range finder with power iterations and oversampling (Halko, Martinsson,
-    Tropp 2011, algorithm 4.4). The sign of each triple makes the largest entry of u positive.
+    Exact without a key. With one, the randomised range finder with power iterations and oversampling (Halko,
+    Martinsson, Tropp 2011, algorithm 4.4). The sign of each triple makes the largest entry of u positive.
     """
     if key is None:
         u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
@@ -74,7 +74,8 @@ def abba(
             "kaiming" (as LoRA's: b1 zero, and so every gradient zero: the paper's negative control).
 
     Raises:
-        ConfigError: an odd rank, ranks given twice or not at all, an unknown choice; at `init`, a rank above the matrix.
+        ConfigError: an odd rank, ranks given twice or not at all, an unknown choice; at `init`, a rank above the
+            matrix.
 
     Example:
         >>> import jax, hadamax as hx

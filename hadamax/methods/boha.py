@@ -1,7 +1,7 @@
 """BoHA (Yu, Hu, Min 2025, arXiv 2509.21637): block-wise Hadamard adaptation.
 
     (W)_ij = (W0)_ij .* (1 + s B_ij A_ij)         over a b x b grid of blocks, each factor pair of rank r_b = r / b
-    kernel = W0 * (1 + s * blockwise(a, b))       a [b, b, in/b, r_b] Kaiming uniform over its block, b [b, b, r_b, out/b] zero
+    kernel = W0 * (1 + s * blockwise(a, b))       a [b, b, in/b, r_b] Kaiming uniform, b [b, b, r_b, out/b] zero
 
 r (in + out) parameters, as LoRA and HiRA of rank r; the modulator's rank reaches b r where HiRA's is r. One block is
 HiRA. Merged inside the layer, 3 matmul units. The paper states neither init nor scale: HiRA's are taken, and a block is

@@ -1,10 +1,10 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA on the direction, a trained magnitude for each output.
 
-    W = m (W0 + s B A) / ||W0 + s B A||           norm of each output's weights, detached in the backward pass (section 4.3)
-    kernel = m * (W0 + s * a @ b) / norm          m [out] starts as the norm of W0; a [in, r] Kaiming uniform, b [r, out] zero
+    W = m (W0 + s B A) / ||W0 + s B A||           norm of each output's weights, detached in the backward pass (4.3)
+    kernel = m * (W0 + s * a @ b) / norm          m [out] starts as the norm of W0; a [in, r], b [r, out] as LoRA's
 
-The norm comes from the factors, ||w + s A b||^2 = ||w||^2 + 2 s (A^T w) . b + s^2 b . (A^T A) b for a column w of W0 and
-b of the second factor, so that no dense matrix is formed: 2 matmul units.
+The norm comes from the factors, ||w + s A b||^2 = ||w||^2 + 2 s (A^T w) . b + s^2 b . (A^T A) b for a column w of W0
+and b of the second factor, so that no dense matrix is formed: 2 matmul units.
 """
 
 import jax

@@ -1,5 +1,5 @@
-"""Hadamard Adapter (Chen et al., CIKM 2023, arXiv 2407.11033): an affine map of the activations, one weight and one bias
-per feature. It is an adapter of activations, so it is defined by the layer whose input or output it is.
+"""Hadamard Adapter (Chen et al., CIKM 2023, arXiv 2407.11033): an affine map of the activations, one weight and one
+bias per feature. It is an adapter of activations, so it is defined by the layer whose input or output it is.
 
     A' = w .* A + b                               A the self-attention output
     position="output":  y = w * (x @ W + c) + b         folds into the columns of W [in, out] and the bias: w * c + b

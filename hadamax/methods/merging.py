@@ -1,4 +1,4 @@
-"""Methods that are a function of the weight: merge with one rounding, and `x @ merged` without keeping the merged weight."""
+"""Methods that are a function of the weight: merge in one rounding, and `x @ merged` without keeping it."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def widened(linear: Linear) -> Linear:
 
 
 def rounded_once(new_kernel: Callable[[Factors, jax.Array], jax.Array]) -> Merge:
-    """A `merge` from `(factors, kernel) -> new kernel`: computed in at least float32, rounded once, the bias untouched."""
+    """A `merge` from `(factors, kernel) -> new kernel`: in at least float32, rounded once, the bias untouched."""
 
     def merge(factors: Factors, linear: Linear) -> Linear:
         kernel = linear.kernel
