@@ -1,0 +1,310 @@
+"""Settings of a fine-tuning run: nested dataclasses, a YAML file, command-line overrides (through jsonargparse)."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from hadamax.errors import ConfigError, nearest
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+T = TypeVar("T")
+
+
+class UsageError(ConfigError):
+    """A command line or configuration file that does not parse; programs exit with code 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model.
+
+    Attributes:
+        base: Hugging Face directory or hub id.
+        dtype: type of the base weights and of the activations; null keeps the checkpoint's.
+        remat: what the backward pass recomputes: none; full: each layer, for least memory and about a third more time;
+            dots: all but the matrix products.
+    """
+
+    base: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    remat: Literal["none", "full", "dots"] = "none"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and evaluation records, and how they become token rows.
+
+    Attributes:
+        train: JSON array or JSONL file of records: instruction/input/output, question/answer or chat messages.
+        eval: file of held-out records; null splits eval_fraction off the training file.
+        eval_fraction: share of the training records held out where eval is null; 0 turns evaluation off.
+        max_length: tokens of a row; longer records are cut, and counted.
+        packing: fill rows with several records each; attention stays inside a record.
+        template: name of a prompt template (plain, alpaca, none) or a text with {instruction} and {input}.
+        response_only: learn from the response's tokens only, not from the prompt's.
+        limit: use only the first records of the training file.
+    """
+
+    train: str
+    eval: str | None = None
+    eval_fraction: float = 0.02
+    max_length: int = 512
+    packing: bool = False
+    template: str = "plain"
+    response_only: bool = True
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained.
+
+    Attributes:
+        method: abba, hira, boha, lora, ...: a name of hadamax.methods.METHODS; null trains no adapter.
+        rank: rank, for the methods that have one (32 where it is null).
+        options: the method's other arguments, such as {alpha: 16} or {blocks: 4}.
+        targets: path patterns of the adapted kernels.
+        exclude: path patterns to leave out.
+        rules: full rules {pattern: {method: hira, rank: 8}} in place of method, rank, options and targets.
+        train_base: path patterns of base parameters that train as well, such as scale or bias.
+    """
+
+    method: str | None = "abba"
+    rank: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=lambda: list(LINEAR))
+    exclude: list[str] = field(default_factory=list)
+    rules: dict[str, dict[str, Any]] | None = None
+    train_base: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Attributes:
+        lr: peak learning rate of the adapters; null takes each method's default (train/optim.py).
+        base_lr: peak learning rate of the trained base parameters; null takes the default.
+        lr_ratio: multiplies the learning rate of the second factors, as LoRA+ does.
+        optimizer: adamw, lion or sgd (with momentum); the default learning rates are AdamW's.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled weight decay.
+        schedule: shape of the learning rate after the warm-up.
+        warmup: share of the steps over which the learning rate rises to its peak.
+        clip: largest global norm of the gradient; 0 turns clipping off.
+    """
+
+    lr: float | None = None
+    base_lr: float | None = None
+    lr_ratio: float = 1.0
+    optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: float = 0.03
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, logging and checkpoints of a run.
+
+    Attributes:
+        out: the run's directory.
+        steps: optimiser steps; null takes epochs.
+        epochs: passes over the training rows where steps is null.
+        batch_size: rows of an optimiser step.
+        grad_accum: micro-batches a step is computed in; divides batch_size.
+        eval_every: steps between evaluations; 0 evaluates only before the first step and after the last.
+        eval_rows: evaluate on at most so many rows; null takes all.
+        save_every: steps between checkpoints; 0 saves only after the last.
+        keep: checkpoints kept.
+        log_every: steps between fetches of the loss from the device.
+        seed: seeds the adapters, the held-out split and the order of the rows.
+        resume: continue from the newest checkpoint in out; false refuses a directory that has one.
+    """
+
+    out: str = "runs/finetune"
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 16
+    grad_accum: int = 1
+    eval_every: int = 100
+    eval_rows: int | None = 512
+    save_every: int = 200
+    keep: int = 2
+    log_every: int = 10
+    seed: int = 0
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A fine-tuning run.
+
+    Attributes:
+        model: the frozen base model.
+        data: records, and how they become token rows.
+        adapter: what is trained.
+        optim: optimiser and schedule.
+        run: length, logging and checkpoints.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep"):
+            _require(self, name, lambda v: v >= 1, "at least 1")
+        for name in ("run.eval_every", "run.save_every", "optim.clip", "optim.weight_decay"):
+            _require(self, name, lambda v: v >= 0, "0 or more")
+        for name in ("data.eval_fraction", "optim.warmup"):
+            _require(self, name, lambda v: 0 <= v < 1, "0 or more and below 1")
+        for name in ("run.steps", "run.eval_rows", "data.limit"):
+            _require(self, name, lambda v: v is None or v >= 1, "at least 1")
+        _require(self, "run.epochs", lambda v: v > 0, "above 0")
+        if self.run.batch_size % self.run.grad_accum:
+            sizes = f"{self.run.grad_accum} does not divide run.batch_size {self.run.batch_size}"
+            raise UsageError(f"run.grad_accum {sizes}")
+        if self.optim.optimizer != "adamw" and self.optim.lr is None:
+            raise UsageError(f"optim.lr: give one for {self.optim.optimizer}; the defaults are AdamW's")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def _require(config: Config, name: str, holds: Any, wanted: str) -> None:
+    section, key = name.split(".")
+    value = getattr(getattr(config, section), key)
+    if not holds(value):
+        raise UsageError(f"{name}: {value} is not {wanted}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Loss and exact-match accuracy of a run or of a plain model.
+
+    Attributes:
+        data: JSON array or JSONL file of records.
+        run: directory of a run; its base, adapters and prompt template are used.
+        model: Hugging Face directory or hub id of a plain model, in place of run.
+        base: where the run's base is now, if it has moved.
+        dtype: type of the base weights and of the activations; null keeps the run's or the checkpoint's.
+        template: prompt template; null takes the run's, or plain.
+        answer: what counts as the answer: exact, the whole text; last_number, its last number, within 0.001.
+        max_length: tokens of a row for the loss; null takes the run's, or 512.
+        max_new_tokens: tokens generated for an answer at most; 0 measures the loss only.
+        batch_size: records of a batch.
+        limit: use only the first records.
+        merge: merge the adapters first, rather than applying them inside each layer.
+        out: JSONL file for the answers; null writes none.
+    """
+
+    data: str
+    run: str | None = None
+    model: str | None = None
+    base: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    template: str | None = None
+    answer: Literal["exact", "last_number"] = "exact"
+    max_length: int | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    limit: int | None = None
+    merge: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.model is None):
+            raise UsageError("give either --run, a run's directory, or --model, a Hugging Face directory")
+        if self.batch_size < 1 or self.max_new_tokens < 0 or (self.limit or 1) < 1 or (self.max_length or 1) < 1:
+            raise UsageError("batch_size, limit and max_length should be at least 1, max_new_tokens at least 0")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A run's merged model as a Hugging Face directory.
+
+    Attributes:
+        run: directory of the run.
+        out: directory to write, which must not exist or be empty.
+        dtype: type of the written weights; null keeps the base's.
+        base: where the run's base is now, if it has moved.
+    """
+
+    run: str
+    out: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    base: str | None = None
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration of nested plain values, as YAML files and checkpoints hold them."""
+    try:
+        return _build(Config, _parser(Config, "train.finetune").parse_object(dict(values)))
+    except ArgumentError as error:
+        raise UsageError(_one_line(str(error.message), Config)) from error
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, prog: str) -> T:
+    """`cls` from a command line: `--config file.yaml` (repeatable) and `--section.key value`.
+
+    Raises:
+        UsageError: an unknown option, type or value, in one line with the nearest names.
+    """
+    try:
+        return _build(cls, _parser(cls, prog).parse_args(argv))
+    except ArgumentError as error:
+        raise UsageError(_one_line(str(error.message), cls)) from error
+
+
+def _parser(cls: type, prog: str) -> ArgumentParser:
+    description = (cls.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=f"python -m {prog}", description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the options below; later options override it")
+    parser.add_class_arguments(cls, nested_key=None)
+    return parser
+
+
+def _build(cls: type[T], values: Namespace | Mapping[str, Any]) -> T:
+    """Dataclasses from parsed values, without jsonargparse's Namespace reaching the program."""
+    kwargs = {}
+    for f in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        value = values[f.name]
+        kwargs[f.name] = _build(f.type, value) if dataclasses.is_dataclass(f.type) else value  # pyright: ignore[reportArgumentType]
+    return cls(**kwargs)
+
+
+def _options(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every option of a nested dataclass, dotted."""
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(f.type):
+            yield from _options(f.type, f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
+
+
+def _one_line(message: str, cls: type) -> str:
+    """jsonargparse's message in one line, with the nearest option names where a name is unknown."""
+    names = ["config", *_options(cls)]
+    if found := re.search(r"unrecognized arguments: --([^\s=]+)|(?:accept option|Option) '(\S+)'", message):
+        group = re.search(r"Group '(\S+)' does", message)
+        name = found[1] or (f"{group[1]}.{found[2]}" if group else found[2])
+        return f"unknown option {name}{nearest(name, names)}"
+    if found := re.search(r'Parser key "(\S+)":\s*(.*)', message, re.DOTALL):
+        lines = [line.strip() for line in found[2].splitlines()]
+        given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), None)
+        wanted = [line.removeprefix("- ").removeprefix("Expected a ") for line in lines if "Expected a" in line]
+        if given is not None and wanted:
+            wanted = [re.sub(r"<class '(\w+)'>", r"\1", w).replace("NoneType", "null") for w in wanted]
+            return f"--{found[1]}: {given!r} is not {' or '.join(wanted)}"
+        return f"--{found[1]}: " + " ".join(lines).replace("typing.Literal", "")
+    return " ".join(message.split())

@@ -1,0 +1,73 @@
+"""Progress on the terminal: a bar where there is one, a line now and then where output goes to a file."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+
+class Progress:
+    """Loss, tokens/s and time left of a run."""
+
+    def __init__(self, start: int, steps: int):
+        self.console, self.steps = Console(), steps
+        self.values: dict[str, float] = {}
+        self.began: tuple[int, float] | None = None  # the first step with a loss, which compiled, and when it ended
+        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self._task = self._bar.add_task("compiling", total=steps, completed=start)
+
+    def update(self, step: int, **values: float) -> None:
+        """Shows new figures; the bar keeps the last known of the others."""
+        if self.began is None and "loss" in values:
+            self.began = step, time.perf_counter()
+        self.values |= values
+        self._bar.update(self._task, completed=step, description=_text(self.values))
+        if not self.console.is_terminal:
+            left = ""
+            if self.began and self.began[0] < step:
+                pace = (time.perf_counter() - self.began[1]) / (step - self.began[0])
+                left = f"  {pace * (self.steps - step):.0f} s left"
+            print(f"step {step}/{self.steps}  {_text(values)}{left}", flush=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+
+def _text(values: Mapping[str, float]) -> str:
+    forms = {"loss": "loss {:.4f}", "eval_loss": "eval {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
+
+
+def show(values: Mapping[str, Any], title: str) -> None:
+    """A table of figures."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), shown(name, value))
+    Console().print(table)
+
+
+def shown(name: str, value: Any) -> str:
+    """A figure as text.
+
+    Example:
+        >>> shown("trainable_share", 0.01234), shown("seconds", 12.0), shown("loss", None), shown("steps", 12000)
+        ('1.234%', '12', '-', '12,000')
+    """
+    if value is None:
+        return "-"
+    if name.endswith(("share", "accuracy")):
+        return f"{100 * value:.4g}%"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

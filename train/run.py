@@ -1,0 +1,143 @@
+"""What a run is made of: the base with its tokenizer, the adapters' injection, and a finished run read back."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import hadamax as hx
+from hadamax import hf
+from hadamax.checkpoint import Checkpoints
+from hadamax.models import Decoder, DecoderConfig
+from train.config import AdapterConfig, Config, ModelConfig, from_dict
+
+
+class Base(NamedTuple):
+    """A model with its frozen parameters and its tokenizer."""
+
+    model: Decoder
+    params: Any
+    config: DecoderConfig
+    tokenizer: Any
+
+
+class Run(NamedTuple):
+    """A run read back from its directory."""
+
+    config: Config
+    base: Base
+    injection: hx.Injection | None
+    trainable: dict[str, Any]
+    step: int
+
+
+def load_base(config: ModelConfig) -> Base:
+    """The model, its parameters and its tokenizer.
+
+    Raises:
+        CheckpointError: a directory that is not there or damaged, or that has no tokenizer with an end token.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise hx.CheckpointError(f"{config.base} has no tokenizer that transformers can load: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise hx.CheckpointError(f"the tokenizer of {config.base} has no eos_token; the model could not learn to stop")
+    if len(tokenizer) > decoder.vocab_size:
+        raise hx.CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, the model only {decoder.vocab_size}")
+    return Base(model.clone(remat=config.remat), params, decoder, tokenizer)
+
+
+def injection_of(config: AdapterConfig, view: str | None) -> hx.Injection | None:
+    """The injection of the `adapter` section, or None where it adapts nothing.
+
+    Raises:
+        ConfigError: an unknown method or option, with the nearest names; nothing to train.
+    """
+    if config.rules is not None:
+        rules: dict[Any, Any] = {pattern: _rule(pattern, dict(rule)) for pattern, rule in config.rules.items()}
+        return hx.inject(rules, view=view, exclude=config.exclude)
+    if config.method is None:
+        if not config.train_base:
+            raise hx.ConfigError("adapter.method is null and adapter.train_base empty: nothing would train")
+        return None
+    options = dict(config.options)
+    if config.rank is not None:
+        options["rank"] = config.rank
+    elif takes_rank(config.method) and not options.keys() & {"rank", "r1", "r2"}:
+        options["rank"] = 32
+    adapter = hx.adapter_from_config({"method": config.method, **options})
+    return hx.inject(dict.fromkeys(config.targets, adapter), view=view, exclude=config.exclude)
+
+
+def takes_rank(method: str) -> bool:
+    """Whether a method has a rank; False for unknown names.
+
+    Example:
+        >>> takes_rank("hira"), takes_rank("ia3")
+        (True, False)
+    """
+    return method in hx.METHODS and "rank" in inspect.signature(hx.METHODS[method]).parameters
+
+
+def _rule(pattern: str, rule: dict[str, Any]) -> Any:
+    place = {name: rule.pop(name, None) for name in ("view", "layers")}
+    try:
+        return hx.at(hx.adapter_from_config(rule), **place)
+    except hx.ConfigError as error:
+        raise hx.ConfigError(f"adapter.rules, pattern {pattern!r}: {error}") from None
+
+
+def apply_of(model: Decoder, injection: hx.Injection | None) -> Callable[..., Any]:
+    """`(params, adapters, ...) -> model.apply(adapted params, ...)`."""
+    if injection is None:
+        return lambda params, adapters, *args, **kwargs: model.apply(params, *args, **kwargs)
+    return injection.apply(model.apply)
+
+
+def initial_trainable(
+    key: jax.Array, params: Any, injection: hx.Injection | None, train_base: list[str]
+) -> dict[str, Any]:
+    """`{"adapters": {path: factors}, "base": tree}`, the trained base leaves as float32 copies and None elsewhere.
+
+    Raises:
+        NoMatchError, NotAMatrixError, ConfigError: rules that do not fit the model.
+    """
+    base, _ = hx.split(params, train_base)
+    return {
+        "adapters": {} if injection is None else injection.init(key, params),
+        "base": jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), base),
+    }
+
+
+def load_run(directory: str | Path, base: str | None = None, dtype: Any = None) -> Run:
+    """The newest checkpoint of a run, on its base.
+
+    Args:
+        directory: `run.out` of the run.
+        base: where the base model is now, if it has moved.
+        dtype: of the base, in place of the run's.
+
+    Raises:
+        CheckpointError: no run, a damaged checkpoint, a base that it does not fit.
+    """
+    if not Path(directory).is_dir():
+        raise hx.CheckpointError(f"no run directory {directory}")
+    with Checkpoints(Path(directory) / "checkpoints", create=False) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise hx.CheckpointError(f"{directory} holds no checkpoint yet")
+        meta = checkpoints.json(step, "meta")
+        config = from_dict(meta["config"])
+        loaded = load_base(ModelConfig(base or config.model.base, dtype or config.model.dtype))
+        injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
+        key = jax.random.key(0)
+        like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)
+        return Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
