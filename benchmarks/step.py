@@ -1,10 +1,10 @@
-"""One training step of each method here and in Hugging Face PEFT (torch), same model, same batch, same budget, in turns.
+"""One training step of each method here and in Hugging Face PEFT (torch): same model, batch and budget, in turns.
 
     python -m benchmarks.step [--methods lora,hira,loha,dora,gralora] [--rounds 7]
 
-A tiny Llama (8 layers, width 512, ffn 1376, vocabulary 8192, 4 x 256 tokens, float32, seven targets, rank 32; LoHa 16 per
-pair, which is the same budget) on the CPU with all cores. The two steps of a method alternate within one process, so that
-the ratio, median over rounds of ours / theirs, holds when the machine's speed drifts. Absolute times are this machine's.
+A tiny Llama (8 layers, width 512, ffn 1376, vocabulary 8192, 4 x 256 tokens, float32, seven targets, rank 32; LoHa 16
+per pair, which is the same budget) on the CPU with all cores. The two steps of a method alternate within one process:
+the ratio (median over rounds of ours / theirs) holds when the machine's speed drifts. Times are this machine's.
 """
 
 import argparse

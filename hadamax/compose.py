@@ -5,11 +5,12 @@ import jax
 from hadamax.adapter import Adapter, Linear
 from hadamax.errors import ConfigError
 from hadamax.methods.merging import merged_dot, widened
+from hadamax.methods.products import check_number
 
 
 def _composed(method: str, adapters: tuple[Adapter, ...], merge) -> Adapter:
-    if not adapters:
-        raise ConfigError(f"{method}: needs at least one adapter")
+    if not adapters or not all(isinstance(adapter, Adapter) for adapter in adapters):
+        raise ConfigError(f"{method}: needs adapters, one argument each, found {adapters!r}")
 
     def init(key, linear):
         keys = jax.random.split(key, len(adapters))
@@ -54,7 +55,7 @@ def add(*adapters: Adapter) -> Adapter:
         adapters: at least one. The factors are the tuple of theirs.
 
     Raises:
-        ConfigError: no adapter.
+        ConfigError: no adapter, or an argument that is none.
 
     Example:
         >>> import hadamax as hx
@@ -79,7 +80,7 @@ def chain(*adapters: Adapter) -> Adapter:
         adapters: at least one. The factors are the tuple of theirs.
 
     Raises:
-        ConfigError: no adapter.
+        ConfigError: no adapter, or an argument that is none.
 
     Example:
         >>> import hadamax as hx
@@ -99,11 +100,19 @@ def chain(*adapters: Adapter) -> Adapter:
 def scaled(adapter: Adapter, scale: float) -> Adapter:
     """The update times `scale`: `W0 + scale (W - W0)`. 0 turns an adapter off, 1 leaves it as it is.
 
+    Raises:
+        ConfigError: no adapter, or a scale that is no finite number.
+
     Example:
         >>> import hadamax as hx
         >>> hx.scaled(hx.lora(4), 0.5).config["scale"]
         0.5
     """
+
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"scaled: needs an adapter, found {adapter!r}")
+    check_number("scaled", scale=scale)
+    scale = float(scale)
 
     @_widely
     def merge(factors, linear):

@@ -8,20 +8,17 @@ import jax
 from hadamax import paths
 
 
-def _selected(params: Any, patterns: Iterable[paths.Pattern]) -> set[str]:
+def _selected(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern]) -> set[str]:
     all_paths = list(paths.leaves(params))
     selected: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
-        regex = paths.compile_pattern(pattern)
-        ancestors = ((p, (p.rsplit("/", n)[0] for n in range(p.count("/") + 1))) for p in all_paths)
-        matched = {path for path, names in ancestors if any(regex.fullmatch(name) for name in names)}
-        if not matched:
+    for pattern in paths.as_patterns(patterns):
+        if not (matched := paths.below(pattern, all_paths)):
             raise paths.no_match(pattern, all_paths)
         selected |= matched
     return selected
 
 
-def split(params: Any, patterns: Iterable[paths.Pattern]) -> tuple[Any, Any]:
+def split(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern]) -> tuple[Any, Any]:
     """`(trainable, frozen)`: the same tree twice, each with None where the other has the leaf.
 
     Args:
@@ -51,7 +48,7 @@ def join(trainable: Any, frozen: Any) -> Any:
     return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def trainable_mask(params: Any, patterns: Iterable[paths.Pattern]) -> Any:
+def trainable_mask(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern]) -> Any:
     """The tree with True at the leaves that train, for optax's own `masked` and `partition`.
 
     `optax.masked(tx, mask)` passes the updates of the other leaves through unchanged: to freeze them, use

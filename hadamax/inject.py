@@ -10,10 +10,10 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from hadamax import paths, targets, views
-from hadamax.adapter import Adapter, Factors, Linear
+from hadamax import paths, stacks, targets, views
+from hadamax.adapter import Adapter, Factors
 from hadamax.config import adapter_from_config
-from hadamax.errors import ConfigError, HadamaxError, MergeError, nearest
+from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, nearest
 from hadamax.lazy import lazily
 from hadamax.summary import Row, Summary
 from hadamax.targets import Rule, Target
@@ -29,12 +29,22 @@ def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | Non
         layers: indices of the layers to adapt: of the number in the path (`layers_3`, `h/3`) or, where the path has
             none, on the kernel's first batch axis. Other layers have no factors.
 
+    Raises:
+        ConfigError: layers that are no distinct integers from 0 on.
+
     Example:
         >>> import hadamax as hx
         >>> hx.at(hx.lora(4), view="oi", layers=[0, 1]).layers
         (0, 1)
     """
-    return Rule(adapter, view, None if layers is None else tuple(layers))
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"hx.at needs an adapter, found {adapter!r}")
+    if layers is None:
+        return Rule(adapter, view)
+    numbers = [int(n) if isinstance(n, np.integer) else n for n in layers] if isinstance(layers, Iterable) else []
+    if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ConfigError(f"layers must be distinct integers from 0 on, at least one, found {layers!r}")
+    return Rule(adapter, view, tuple(numbers))
 
 
 class Injection(NamedTuple):
@@ -53,11 +63,16 @@ class Injection(NamedTuple):
 
         Raises:
             NoMatchError: a pattern or an exclusion that selects nothing, or a layer that is not there.
-            NotAMatrixError: a pattern that selects a bias, a norm's scale or another vector.
+            NotAMatrixError: a pattern that selects a bias, a norm's scale or another vector, or integers.
             ViewError: a kernel of more than two axes without a view, or a view that does not fit.
         """
-        shapes = {path: tuple(leaf.shape) for path, leaf in paths.leaves(params).items() if hasattr(leaf, "shape")}
-        return targets.find(self.rules, self.view, self.exclude, shapes)
+        leaves = {path: leaf for path, leaf in paths.leaves(params).items() if hasattr(leaf, "shape")}
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        found = targets.find(self.rules, self.view, self.exclude, shapes)
+        for path in found:
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise NotAMatrixError(f"{path}: a kernel must be floating point, found {leaves[path].dtype}")
+        return found
 
     def init(self, key: jax.Array, params: Any) -> dict[str, Factors]:
         """Fresh factors; the update is zero. A kernel's factors depend on `key`, its path and its values alone.
@@ -68,7 +83,7 @@ class Injection(NamedTuple):
         leaves = paths.leaves(params)
         adapters = {}
         for path, target in self.targets(params).items():
-            linear, batch = _stacked(_canonical(leaves, target), target)
+            linear, batch = stacks.stacked(stacks.canonical(leaves, target), target)
             if target.layers is not None:
                 batch = (len(target.layers), *batch[1:])
             keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(linear.kernel))
@@ -99,8 +114,10 @@ class Injection(NamedTuple):
                 factors = jax.tree.map(lambda f: f[index], factors)  # inactive layers hold factors that nothing reads
                 on = np.isin(range(batch[0]), target.layers)
                 active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
-            bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
-            return LazyWeight(leaf, bias, factors, active, adapter=target.adapter, axes=target.axes, path=path)
+            bias = views.canonical(leaves[target.bias], target.bias_axes) if target.has_bias else None
+            return LazyWeight(
+                jnp.asarray(leaf), bias, factors, active, adapter=target.adapter, axes=target.axes, path=path
+            )
 
         return paths.map_leaves(lazy, params)
 
@@ -133,17 +150,21 @@ class Injection(NamedTuple):
             for leaf in jax.tree.leaves(factors):
                 if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
                     raise MergeError(f"{path}: the factors hold NaN or infinity; nothing was merged")
-            linear = _canonical(leaves, target)
-            stacked, batch = _stacked(linear, target)
+            linear = stacks.canonical(leaves, target)
+            stacked, batch = stacks.stacked(linear, target)
             rows, ndim = len(stacked.kernel), len(batch)
             flat = jax.tree.map(lambda leaf, rows=rows, ndim=ndim: leaf.reshape(rows, *leaf.shape[ndim:]), factors)
-            result = jax.lax.map(lambda args, merge=target.adapter.merge: merge(*args), (flat, stacked))
-            kernel, bias = _unstacked(result, linear, target)
+            try:
+                result = jax.lax.map(lambda args, merge=target.adapter.merge: merge(*args), (flat, stacked))
+            except HadamaxError as error:
+                raise type(error)(f"{path}: {error}") from None
+            kernel, bias = stacks.unstacked(result, linear, target)
             shape = leaves[path].shape
             merged[path] = views.restore(kernel, target.axes, shape)
             if bias is not None:
-                where = target.bias or f"{paths.module_of(path)}/bias".lstrip("/")
-                (merged if target.bias else new)[where] = views.restore(
+                if target.bias is None:
+                    raise MergeError(f"{path}: merging needs a bias, and a kernel of that name has no place for one")
+                (merged if target.has_bias else new)[target.bias] = views.restore(
                     bias, target.bias_axes, views.sizes(shape, target.axes, list(target.bias_axes))
                 )
         params = paths.map_leaves(lambda path, leaf: merged.get(path, leaf), params)
@@ -152,25 +173,28 @@ class Injection(NamedTuple):
                 params = paths.add_leaf(params, path, bias)
             except TypeError as error:
                 raise MergeError(
-                    f"{path}: merging needs a bias that the layer lacks, and cannot add one to a {error}"
+                    f"{path}: merging needs a bias that the layer lacks, and none can be added to a {error}"
                 ) from None
         return params
 
     def summary(self, params: Any) -> Summary:
         """What the rules select, with shapes and counts; print it. Takes arrays or `jax.ShapeDtypeStruct`s."""
+        params = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "shape") else None, params)
         shapes = jax.eval_shape(self.init, jax.random.key(0), params)
         leaves = paths.leaves(params)
         rows = [
-            Row(path, str(target.adapter.config["method"]), leaves[path].shape, _size(shapes[path]))
+            Row(path, str(target.adapter.config["method"]), leaves[path].shape, stacks.size(shapes[path]))
             for path, target in self.targets(params).items()
         ]
-        return Summary(rows, sum(row.trainable for row in rows), _size(leaves))
+        return Summary(rows, sum(row.trainable for row in rows), stacks.size(leaves))
 
     def to_config(self) -> dict[str, Any]:
         """JSON that `from_config` takes."""
 
         def named(pattern: paths.Pattern) -> dict[str, Any]:
-            return {"pattern": pattern} if isinstance(pattern, str) else {"regex": pattern.pattern}
+            return (
+                {"pattern": pattern} if isinstance(pattern, str) else {"regex": pattern.pattern, "flags": pattern.flags}
+            )
 
         rules = [
             {
@@ -181,16 +205,36 @@ class Injection(NamedTuple):
             }
             for pattern, rule in self.rules
         ]
-        return {"rules": rules, "view": self.view, "exclude": [named(pattern) for pattern in self.exclude]}
+        return {
+            "version": 1,
+            "rules": rules,
+            "view": self.view,
+            "exclude": [named(pattern) for pattern in self.exclude],
+        }
 
     def _checked(self, params: Any, adapters: Mapping[str, Factors]) -> dict[str, Target]:
-        selected = self.targets(params)
-        if selected.keys() != adapters.keys():
-            odd = sorted(selected.keys() ^ adapters.keys())[0]
-            kind = (
-                "has no factors among the adapters" if odd in selected else "is in the adapters, but no rule selects it"
-            )
-            raise ConfigError(f"{odd} {kind}: the adapters were made by other rules or for another model")
+        """The targets, if the adapters are theirs."""
+        leaves, selected = paths.leaves(params), self.targets(params)
+        if not isinstance(adapters, Mapping):
+            raise ConfigError(f"adapters must be {{kernel path: factors}}, as init returns them, found {adapters!r}")
+        if odd := sorted(selected.keys() ^ adapters.keys()):
+            kind = "has no factors among the adapters"
+            kind = kind if odd[0] in selected else "is in the adapters, but no rule selects it"
+            raise ConfigError(f"{odd[0]} {kind}: the adapters were made by other rules or for another model")
+        for path, target in selected.items():
+            linear, batch = jax.eval_shape(lambda target=target: stacks.canonical(leaves, target)), ()
+            batch = (len(target.layers), *linear.kernel.shape[1:-2]) if target.layers else linear.kernel.shape[:-2]
+            one = jax.tree.map(lambda leaf, n=linear.kernel.ndim - 2: leaf.update(shape=leaf.shape[n:]), linear)
+            expected = {keys: (*batch, *leaf) for keys, leaf in stacks.factor_shapes(target.adapter, one)}
+            found = dict(jax.tree_util.tree_flatten_with_path(adapters[path])[0])
+            for keys in expected.keys() | found.keys():
+                shape = tuple(found[keys].shape) if keys in found else None
+                if shape != expected.get(keys):
+                    name = jax.tree_util.keystr(keys, simple=True, separator="/")
+                    raise ConfigError(
+                        f"{path}: factor {name!r} should have shape {expected.get(keys)} for"
+                        f" {target.adapter.config['method']}, found {shape}: the adapters were made by other rules"
+                    )
         return selected
 
 
@@ -198,7 +242,7 @@ def inject(
     rules: Mapping[paths.Pattern, Adapter | Rule],
     *,
     view: str | None = None,
-    exclude: Iterable[paths.Pattern] = (),
+    exclude: paths.Pattern | Iterable[paths.Pattern] = (),
 ) -> Injection:
     """Place adapters in a parameter tree.
 
@@ -208,7 +252,7 @@ def inject(
             without `/` means every module of that name.
         view: role of each axis for every kernel of that many axes, `"bio"` for stacked layers. Kernels of two axes are
             `"io"` without one.
-        exclude: patterns of kernels to leave alone.
+        exclude: patterns of kernels, or of modules with everything below them, to leave alone.
 
     Raises:
         ConfigError: no rules, or a value that is no adapter.
@@ -230,6 +274,8 @@ def inject(
     made = []
     for pattern, value in rules.items():
         rule = Rule(value) if isinstance(value, Adapter) else value
+        if not isinstance(pattern, str | re.Pattern) or not pattern:
+            raise ConfigError(f"a pattern must be a glob or a compiled regular expression, found {pattern!r}")
         if not isinstance(rule, Rule) or not isinstance(rule.adapter, Adapter):
             raise ConfigError(
                 f"the rule for {paths.text(pattern)} must be an adapter or hx.at(adapter, ...), found {value!r}"
@@ -238,8 +284,7 @@ def inject(
     for used in [view, *(rule.view for _, rule in made)]:
         if used is not None:
             views.parse(used)
-    exclude = [exclude] if isinstance(exclude, (str, re.Pattern)) else exclude
-    return Injection(tuple(made), view, tuple(exclude))
+    return Injection(tuple(made), view, paths.as_patterns(exclude))
 
 
 def from_config(config: Mapping[str, Any]) -> Injection:
@@ -256,53 +301,19 @@ def from_config(config: Mapping[str, Any]) -> Injection:
     """
 
     def pattern(entry: Mapping[str, Any]) -> paths.Pattern:
-        return re.compile(entry["regex"]) if "regex" in entry else entry["pattern"]
+        return re.compile(entry["regex"], entry.get("flags", 0)) if "regex" in entry else entry["pattern"]
 
+    known = {"version", "rules", "view", "exclude"}, {"pattern", "regex", "flags", "adapter", "view", "layers"}
     try:
-        rules = {
-            pattern(rule): at(adapter_from_config(rule["adapter"]), view=rule.get("view"), layers=rule.get("layers"))
-            for rule in config["rules"]
-        }
+        for part, names in [(config, known[0]), *((rule, known[1]) for rule in config["rules"])]:
+            for name in part:
+                if name not in names:
+                    raise ConfigError(f"an injection's configuration has no {name!r}{nearest(str(name), names)}")
+        rules = {}
+        for rule in config["rules"]:
+            if (key := pattern(rule)) in rules:
+                raise ConfigError(f"pattern {paths.text(key)} stands in two rules")
+            rules[key] = at(adapter_from_config(rule["adapter"]), view=rule.get("view"), layers=rule.get("layers"))
         return inject(rules, view=config.get("view"), exclude=[pattern(entry) for entry in config.get("exclude", ())])
-    except (KeyError, TypeError, AttributeError) as error:
-        known = nearest("rules", list(config)) if isinstance(config, Mapping) else ""
-        raise ConfigError(f"not an injection's configuration: {type(error).__name__} {error}{known}") from None
-
-
-def _canonical(leaves: Mapping[str, Any], target: Target) -> Linear:
-    """The layer as `[batch..., in, out]` and `[batch..., out]`."""
-    kernel = views.canonical(jnp.asarray(leaves[target.path]), target.axes)
-    bias = None if target.bias is None else views.canonical(jnp.asarray(leaves[target.bias]), target.bias_axes)
-    return Linear(kernel, bias)
-
-
-def _stacked(linear: Linear, target: Target) -> tuple[Linear, tuple[int, ...]]:
-    """The target's layers with all batch axes as one, and the shape of the batch axes."""
-    batch = linear.kernel.shape[:-2]
-    if target.layers is not None:
-        linear = jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], linear)
-    flat = Linear(
-        linear.kernel.reshape(-1, *linear.kernel.shape[-2:]),
-        None if linear.bias is None else linear.bias.reshape(-1, linear.bias.shape[-1]),
-    )
-    return flat, batch
-
-
-def _unstacked(result: Linear, linear: Linear, target: Target) -> Linear:
-    """The inverse of `_stacked`: layers that are not the target's keep their weights, and a new bias there is zero."""
-    if target.layers is None:
-        batch = linear.kernel.shape[:-2]
-        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), result)
-    where, batch = jnp.array(target.layers), (len(target.layers), *linear.kernel.shape[1:-2])
-    result = jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), result)
-    bias = linear.bias
-    if result.bias is not None:
-        base = (
-            jnp.zeros((*linear.kernel.shape[:-2], linear.kernel.shape[-1]), result.bias.dtype) if bias is None else bias
-        )
-        bias = base.at[where].set(result.bias)
-    return Linear(linear.kernel.at[where].set(result.kernel), bias)
-
-
-def _size(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
+    except (KeyError, TypeError, AttributeError, re.error) as error:
+        raise ConfigError(f"not an injection's configuration: {type(error).__name__} {error}") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives as p
@@ -48,7 +49,7 @@ def lazily(fn: Callable) -> Callable:
         flat, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lazy)
         if not any(map(is_lazy, flat)):
             return fn(*args, **kwargs)
-        traced = [at for at, leaf in enumerate(flat) if is_lazy(leaf) or hasattr(leaf, "dtype")]
+        traced = [at for at, leaf in enumerate(flat) if is_lazy(leaf) or isinstance(leaf, jax.Array | np.ndarray)]
 
         def on_arrays(*arrays):
             leaves = list(flat)
@@ -60,13 +61,13 @@ def lazily(fn: Callable) -> Callable:
         values = [flat[at] for at in traced]
         examples = [value.kernel if is_lazy(value) else value for value in values]
         closed, shapes = jax.make_jaxpr(on_arrays, return_shape=True)(*examples)
-        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed.jaxpr, closed.consts, values))
+        return jax.tree.unflatten(jax.tree.structure(shapes), _arrays(closed.jaxpr, closed.consts, values))
 
     return wrapped
 
 
 def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr, as arrays, for arguments some of which are lazy weights."""
+    """The outputs of a jaxpr for arguments some of which are lazy weights; an output may be one too."""
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom):
@@ -81,7 +82,12 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> l
         if outs is None:
             outs = _bind(eqn, [_array(value) for value in values])
         env.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True))
-    return [_array(read(atom)) for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _arrays(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """`evaluate` with its outputs merged."""
+    return [_array(value) for value in evaluate(jaxpr, consts, args)]
 
 
 def _bind(eqn: core.JaxprEqn, values: list[Any]) -> Any:
@@ -100,22 +106,24 @@ def _jit(params, *values):
 
 def _remat(params, *values):
     def body(values):
-        return evaluate(params["jaxpr"], (), values)
+        return _arrays(params["jaxpr"], (), values)
 
     return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(values)
 
 
 def _cond(params, index, *values):
-    branches = [functools.partial(lambda b, *v: evaluate(b.jaxpr, b.consts, v), b) for b in params["branches"]]
+    branches = [functools.partial(lambda b, *v: _arrays(b.jaxpr, b.consts, v), b) for b in params["branches"]]
     return lax.switch(index, branches, *values)
 
 
 def _while(params, *values):
+    if params["cond_jaxpr"].out_avals[0].shape:
+        return None  # a batched predicate, which only JAX's own batching may make
     cond, body, split = params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"] + params["body_nconsts"]
     cond_consts, body_consts = values[: params["cond_nconsts"]], values[params["cond_nconsts"] : split]
     return lax.while_loop(
-        lambda carry: evaluate(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
-        lambda carry: evaluate(body.jaxpr, body.consts, [*body_consts, *carry]),
+        lambda carry: _arrays(cond.jaxpr, cond.consts, [*cond_consts, *carry])[0],
+        lambda carry: _arrays(body.jaxpr, body.consts, [*body_consts, *carry]),
         [_array(value) for value in values[split:]],
     )
 
@@ -132,7 +140,7 @@ def _scan(params, *values):
 
     def step(carry, xs):
         xs = [x.replace(axes=x.axes[1:]) if is_lazy(x) else x for x in xs]
-        outs = evaluate(body.jaxpr, body.consts, [*consts, *carry, *xs])
+        outs = _arrays(body.jaxpr, body.consts, [*consts, *carry, *xs])
         return outs[: len(carry)], outs[len(carry) :]
 
     options = {name: params[name] for name in ("length", "reverse", "unroll")}
@@ -180,9 +188,14 @@ def _gather(params, w, indices):
     if numbers.offset_dims != (indices.ndim - 1,):
         return None
     ids = indices[..., 0]
-    mode = {"CLIP": "clip", "PROMISE_IN_BOUNDS": "clip"}.get(params["mode"].name, "fill")
-    taken = weight.rows(w, lambda table: jnp.take(table, ids.reshape(-1), axis=0, mode=mode))
-    return None if taken is None else taken.reshape(*ids.shape, -1)
+    flat = ids.reshape(-1)
+    taken = weight.rows(w, lambda table: jnp.take(table, jnp.clip(flat, 0, table.shape[0] - 1), axis=0))
+    if taken is None:
+        return None
+    if params["mode"].name == "FILL_OR_DROP":  # the equation's indices are normalised: negative is out of bounds
+        fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
+        taken = jnp.where(((flat >= 0) & (flat < w.shape[0]))[:, None], taken, fill)
+    return taken.reshape(*ids.shape, -1)
 
 
 _RULES: dict[core.Primitive, Callable] = {
@@ -195,7 +208,7 @@ _RULES: dict[core.Primitive, Callable] = {
     p.dot_general_p: _dot_general,
     p.convert_element_type_p: lambda params, w: weight.cast(w, params["new_dtype"]),
     p.transpose_p: lambda params, w: weight.transpose(w, params["permutation"]),
-    p.reshape_p: lambda params, w: weight.reshape(w, params["new_sizes"]),
+    p.reshape_p: lambda params, w: None if params["dimensions"] else weight.reshape(w, params["new_sizes"]),
     p.slice_p: _slice,
     p.dynamic_slice_p: _dynamic_slice,
     p.squeeze_p: lambda params, w: weight.squeeze(w, params["dimensions"]),

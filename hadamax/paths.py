@@ -8,11 +8,12 @@ leaf by the leaf's own path or by the path of the module that holds it.
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import jax
 
-from hadamax.errors import NoMatchError, nearest
+from hadamax.errors import ConfigError, NoMatchError, nearest
 
 Pattern = str | re.Pattern[str]
 
@@ -23,22 +24,31 @@ def _name(key: Any) -> str:
 
 def path_of(keys: Iterable[Any]) -> str:
     """The path of a leaf from its tree keys. linen's `params` and an nnx variable's `value` are no names."""
+    keys = list(keys)
+    if len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys.pop()
     names = [_name(key) for key in keys]
-    if len(names) > 1 and names[0] == "params":
-        names = names[1:]
-    if len(names) > 1 and names[-1] in ("value", "raw_value"):
-        names = names[:-1]
-    return "/".join(names)
+    return "/".join(names[1:] if len(names) > 1 and names[0] == "params" else names)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
     """`{path: leaf}` in the tree's order.
 
+    Raises:
+        ConfigError: two leaves with one path.
+
     Example:
         >>> leaves({"params": {"mlp": {"kernel": 1, "bias": 2}}})
         {'mlp/bias': 2, 'mlp/kernel': 1}
     """
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    found: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if (path := path_of(keys)) in found:
+            raise ConfigError(
+                f"two parameters have the path {path!r}; rename one, or pass the `params` collection alone"
+            )
+        found[path] = leaf
+    return found
 
 
 def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
@@ -56,7 +66,7 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
     """The regular expression of a glob; a regular expression is itself.
 
     Raises:
-        NoMatchError: a brace that is not closed.
+        ConfigError: braces that do not pair.
 
     Example:
         >>> bool(compile_pattern("**/mlp/{up,down}_proj/kernel").fullmatch("layers/mlp/up_proj/kernel"))
@@ -64,15 +74,30 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
     """
     if not isinstance(pattern, str):
         return pattern
-    if pattern.count("{") != pattern.count("}"):
-        raise NoMatchError(f"pattern {pattern!r} has a brace that is not closed")
     glob = pattern if "/" in pattern else f"**/{pattern}"
     tokens = {"**/": "(?:[^/]+/)*", "/**": "(?:/[^/]+)*", "**": ".*", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
     parts, depth = [], 0
     for token in re.findall(r"\*\*/|/\*\*$|\*\*|.", glob):
         depth += {"{": 1, "}": -1}.get(token, 0)
+        if depth < 0:
+            break
         parts.append("|" if token == "," and depth else tokens.get(token) or re.escape(token))
+    if depth:
+        raise ConfigError(f"pattern {pattern!r} has braces that do not pair")
     return re.compile("".join(parts))
+
+
+def as_patterns(patterns: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """One pattern or several as a tuple."""
+    return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
+
+
+def below(pattern: Pattern, paths: Iterable[str]) -> set[str]:
+    """The leaves that a pattern selects, or that lie anywhere below a module that it selects."""
+    regex = compile_pattern(pattern)
+    return {
+        path for path in paths if any(regex.fullmatch(name) for name in accumulate(path.split("/"), "{}/{}".format))
+    }
 
 
 def text(pattern: Pattern) -> str:
@@ -96,6 +121,8 @@ def no_match(pattern: Pattern, paths: Iterable[str], what: str = "parameter") ->
     names = dict.fromkeys(
         [*(n for p in paths for n in p.split("/")), *paths] if "/" not in name else [*modules, *paths]
     )
+    if not paths:
+        return NoMatchError(f"pattern {text(pattern)} matches no {what}; the tree has no parameters")
     hint = nearest(name, names) or f"; the tree has {', '.join(map(repr, paths[:3]))}" + (
         ", ..." if len(paths) > 3 else ""
     )
@@ -113,8 +140,12 @@ def add_leaf(tree: Any, path: str, leaf: Any) -> Any:
         if not isinstance(node, Mapping) or hasattr(node, "flat_state"):
             raise TypeError(type(node).__name__)
         if len(names) == 1:
+            if names[0] in node:
+                raise TypeError(f"{type(node).__name__} that has a {names[0]!r}")
             return type(node)({**node, names[0]: leaf})  # pyright: ignore[reportCallIssue]
-        child = next(key for key in node if str(key) == names[0])
+        child = next((key for key in node if str(key) == names[0]), None)
+        if child is None:
+            raise TypeError(f"{type(node).__name__} without {names[0]!r}")
         return type(node)({**node, child: put(node[child], names[1:])})  # pyright: ignore[reportCallIssue]
 
     names = path.split("/")

@@ -10,8 +10,9 @@ from hadamax.errors import NoMatchError, NotAMatrixError, ViewError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# The names of a kernel's bias, the usual one first. A kernel of another name has none that we would know.
+_BIASES = {"kernel": ("bias", "b"), "weight": ("bias", "b"), "w": ("b", "bias")}
 _VECTORS = {"bias", "scale", "beta", "gamma"}  # never matrices, even when a stack of layers makes them 2-D
-_BIASES = {"kernel": "bias", "w": "b"}
 
 
 class Rule(NamedTuple):
@@ -29,8 +30,9 @@ class Target(NamedTuple):
         path: of the kernel.
         adapter: its method.
         axes: the labels of its axes (`hadamax.views`).
-        bias: path of the layer's bias, or None.
-        bias_axes: the labels of the bias's axes; of the one that a merge would add, where there is none.
+        bias: path of the layer's bias, or of the one that a merge would add; None where no name is known.
+        has_bias: whether it is there.
+        bias_axes: the labels of its axes.
         layers: indices on the first batch axis that are adapted, or None for all.
     """
 
@@ -38,6 +40,7 @@ class Target(NamedTuple):
     adapter: Adapter
     axes: views.Axes
     bias: str | None
+    has_bias: bool
     bias_axes: views.Axes
     layers: tuple[int, ...] | None
 
@@ -51,9 +54,7 @@ def find(
     matched = sorted({path for found in matches.values() for path in found})
     excluded: set[str] = set()
     for pattern in exclude:
-        regex = paths.compile_pattern(pattern)
-        hits = {path for path in matched if regex.fullmatch(path) or regex.fullmatch(paths.module_of(path))}
-        if not hits:
+        if not (hits := paths.below(pattern, matched)):
             raise paths.no_match(pattern, matched, "kernel that a rule selects, so the exclusion is unused")
         excluded |= hits
     chosen: dict[str, Target] = {}
@@ -65,8 +66,13 @@ def find(
         if not first:
             raise NoMatchError(f"pattern {paths.text(pattern)} matches only kernels of earlier rules; put it first")
         targets = [target for path in first if (target := _target(path, rule, view, shapes))]
-        if not targets:
-            raise NoMatchError(f"layers={list(rule.layers or ())} selects no kernel of pattern {paths.text(pattern)}")
+        seen = {layer for path in first for layer in ([_layer_of(path)] if _layer_of(path) is not None else [])}
+        missing = sorted(set(rule.layers or ()) - seen) if seen else []
+        if missing:
+            raise NoMatchError(
+                f"layers={list(rule.layers or ())}: pattern {paths.text(pattern)} has no layer {missing[0]}, only"
+                f" {', '.join(map(str, sorted(seen)))}"
+            )
         chosen |= {target.path: target for target in targets}
     return {path: chosen[path] for path in shapes if path in chosen}
 
@@ -76,7 +82,7 @@ def _matrices(pattern: paths.Pattern, shapes: Shapes) -> list[str]:
     regex = paths.compile_pattern(pattern)
     named = [path for path in shapes if regex.fullmatch(path)]
     held = [path for path in shapes if regex.fullmatch(paths.module_of(path))]
-    vectors = [path for path in [*named, *held] if len(shapes[path]) < 2 or path.rpartition("/")[2] in _VECTORS]
+    vectors = [path for path in [*named, *held] if _is_vector(path, shapes)]
     matrices = [path for path in shapes if path in {*named, *held} and path not in vectors]
     wrong = [path for path in vectors if path in named] or ([] if matrices else vectors)
     if wrong:
@@ -87,6 +93,14 @@ def _matrices(pattern: paths.Pattern, shapes: Shapes) -> list[str]:
     if not matrices:
         raise paths.no_match(pattern, shapes)
     return matrices
+
+
+def _is_vector(path: str, shapes: Shapes) -> bool:
+    """Whether a leaf is no matrix, although a stack of layers may make it 2-D."""
+    module, _, name = path.rpartition("/")
+    if name == "b":
+        return len(shapes[path]) < 2 or any(f"{module}/{kernel}".lstrip("/") in shapes for kernel in _BIASES)
+    return len(shapes[path]) < 2 or name in _VECTORS
 
 
 def _target(path: str, rule: Rule, view: str | None, shapes: Shapes) -> Target | None:
@@ -103,13 +117,11 @@ def _target(path: str, rule: Rule, view: str | None, shapes: Shapes) -> Target |
     axes = views.parse(view)
     if len(axes) != len(shape):
         raise ViewError(f"{path}: view {view!r} has {len(axes)} axes, the kernel {len(shape)}: {shape}")
-    bias, bias_axes = _bias(path, axes, shapes)
-    target = Target(path, rule.adapter, axes, bias, bias_axes, None)
+    target = Target(path, rule.adapter, axes, *_bias(path, axes, shapes), None)
     if rule.layers is None:
         return target
-    number = re.search(r"(?:^|/|_)(\d+)(?:/|$)", path)
-    if number:
-        return target if int(number[1]) in rule.layers else None
+    if (layer := _layer_of(path)) is not None:
+        return target if layer in rule.layers else None
     if "b" not in view:
         raise NoMatchError(f"{path}: layers={list(rule.layers)}, but neither the path nor view {view!r} has layers")
     count = shape[axes.index("b0")]
@@ -118,17 +130,24 @@ def _target(path: str, rule: Rule, view: str | None, shapes: Shapes) -> Target |
     return target._replace(layers=rule.layers)
 
 
-def _bias(path: str, axes: views.Axes, shapes: Shapes) -> tuple[str | None, views.Axes]:
-    """The path of the layer's bias, None where it has none, and the labels of its axes."""
+def _layer_of(path: str) -> int | None:
+    """The layer's number in a path: 3 in `layers_3/mlp`, `block_3/mlp` and `h/3/mlp`; none in `Dense_3`."""
+    number = re.search(r"(?:^|/)(?:(?:layers?|blocks?|h)_?)?(\d+)(?:/|$)", path)
+    return int(number[1]) if number else None
+
+
+def _bias(path: str, axes: views.Axes, shapes: Shapes) -> tuple[str | None, bool, views.Axes]:
+    """The path of the layer's bias (or of the one to add), whether it is there, and the labels of its axes."""
     layouts = views.bias_layouts(axes)
-    module, _, name = path.rpartition("/")
-    bias = f"{module}/{_BIASES.get(name)}".lstrip("/")
-    if bias not in shapes:
-        return None, layouts[0]
     expected = [views.sizes(shapes[path], axes, list(layout)) for layout in layouts]
-    if shapes[bias] not in expected:
-        raise ViewError(
-            f"{bias}: expected shape {expected[0]} for the kernel {shapes[path]} of view"
-            f" {''.join(label[0] for label in axes)!r}, found {shapes[bias]}"
-        )
-    return bias, layouts[expected.index(shapes[bias])]
+    module, _, name = path.rpartition("/")
+    candidates = [f"{module}/{bias}".lstrip("/") for bias in _BIASES.get(name, ())]
+    for bias in candidates:
+        if shapes.get(bias) in expected:
+            return bias, True, layouts[expected.index(shapes[bias])]
+        if bias in shapes and bias.endswith("bias"):
+            raise ViewError(
+                f"{bias}: expected shape {expected[0]} for the kernel {shapes[path]} of view"
+                f" {''.join(label[0] for label in axes)!r}, found {shapes[bias]}"
+            )
+    return next(iter(candidates), None), False, layouts[0]

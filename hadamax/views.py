@@ -24,7 +24,7 @@ def parse(view: str) -> Axes:
         >>> parse("bioo")
         ('b0', 'i0', 'o0', 'o1')
     """
-    if set(view) - set("bio") or "i" not in view or "o" not in view:
+    if not isinstance(view, str) or set(view) - set("bio") or "i" not in view or "o" not in view:
         raise ViewError(
             f"view {view!r} must name each axis b (batch), i (in) or o (out), with at least one i and one o"
         )

@@ -131,14 +131,9 @@ def matmul(
     def dot(one: dict[str, Any], x: jax.Array) -> jax.Array:
         if role == "o":
             return _transposed_dot(w, one, x)
-        linear = Linear(one["kernel"], one["bias"])
         if one["active"] is None:
-            return w.adapter.dot(one["factors"], linear, x)
-        return lax.cond(
-            one["active"],
-            lambda: w.adapter.dot(one["factors"], linear, x),
-            lambda: x @ linear.kernel.astype(x.dtype),
-        )
+            return w.adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x)
+        return _where_active(w.adapter, one, x)
 
     for _ in loose:
         dot = jax.vmap(dot, in_axes=(0, None))
@@ -156,6 +151,20 @@ def matmul(
     return jnp.transpose(y, [labels.index(label) for label in (*batched, *xs, *kept)])
 
 
+def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The adapter's `dot` in active layers, the base matmul in the others."""
+
+    @jax.checkpoint  # a branch's residuals would be arrays of their own: a copy of W0 for each layer
+    def dot(one, x):
+        return lax.cond(
+            one["active"],
+            lambda: adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x),
+            lambda: x @ one["kernel"].astype(x.dtype),
+        )
+
+    return dot(one, x)
+
+
 def _transposed_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Array:
     @jax.checkpoint
     def dot(one, x):
@@ -165,8 +174,9 @@ def _transposed_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Arr
 
 
 def cast(w: LazyWeight, dtype) -> LazyWeight | None:
-    """`astype` to another floating dtype."""
-    return w.replace(dtype=dtype) if jnp.issubdtype(dtype, jnp.floating) else None
+    """`astype` to another floating dtype, unless a cast before it has rounded already, or 8 bits would be meant."""
+    plain = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+    return w.replace(dtype=dtype) if plain and w.dtype == w.kernel.dtype else None
 
 
 def transpose(w: LazyWeight, order: Sequence[int]) -> LazyWeight:

@@ -1,5 +1,7 @@
 """Sanity that follows from the papers' algebra (each test names its source)."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from hadamax.methods.abba import top_singular
 from hadamax.methods.pairs import prefers_khatri_rao
 from hadamax.methods.products import khatri_rao
 from tests.test_methods import layer, perturbed
+
+abba_module = sys.modules["hadamax.methods.abba"]  # the name in the package is the factory
 
 
 def test_one_block_of_boha_is_hira(x64):
@@ -112,6 +116,16 @@ def test_the_digests_wrong_forward_is_not_what_abba_computes(x64):
     x = jax.random.normal(jax.random.key(2), (5, 16), jnp.float64)
     wrong = x @ linear.kernel + (x @ f["a1"] @ f["b1"]) * (x @ f["a2"] @ f["b2"])
     assert jnp.abs(adapter.dot(f, linear, x) - wrong).max() > 0.1
+
+
+def test_auto_takes_the_randomized_svd_for_large_kernels_and_the_exact_one_for_small(monkeypatch):
+    monkeypatch.setattr(abba_module, "_LARGE", 16)
+    for size, expected in ((16, "exact"), (17, "randomized")):
+        linear = layer(0, n_in=size, n_out=20, dtype=jnp.float32)
+        auto, named = (hx.abba(4, init=init).init(jax.random.key(0), linear) for init in ("auto", expected))
+        chex.assert_trees_all_equal(auto, named)
+    exact, randomized = (hx.abba(4, init=init).init(jax.random.key(0), linear) for init in ("exact", "randomized"))
+    assert (exact["a1"] != randomized["a1"]).any()
 
 
 @pytest.mark.parametrize(("rank", "n_in", "n_out"), [(16, 128, 128), (16, 1024, 1024), (32, 512, 2048)])

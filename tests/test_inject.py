@@ -84,7 +84,8 @@ def test_excluded_kernels_are_left_alone():
         ({"zzzz": LORA}, {}, hx.NoMatchError, "the tree has 'embed/embedding'"),
         ({re.compile("nothing"): LORA}, {}, hx.NoMatchError, "re:nothing"),
         ({"{q,k}_proj": LORA, "k_proj": LORA}, {}, hx.NoMatchError, "'k_proj' matches no"),
-        ({"{q_proj": LORA}, {}, hx.NoMatchError, "brace"),
+        ({"{q_proj": LORA}, {}, hx.ConfigError, "brace"),
+        ({"q_proj": hx.at(LORA, layers=[0, 99])}, {}, hx.NoMatchError, "has no layer 99, only 0, 1, 2"),
         ({"q_proj": LORA, "**/q_proj": LORA}, {}, hx.NoMatchError, "only kernels of earlier rules"),
         ({"norm": LORA}, {}, hx.NotAMatrixError, r"'layers_0/norm/scale' of shape \(4,\)"),
         ({"**/bias": LORA}, {}, hx.NotAMatrixError, "bias"),
@@ -96,7 +97,7 @@ def test_excluded_kernels_are_left_alone():
             "'k_proj' matches no kernel .*exclusion is unused",
         ),
         ({"q_proj": LORA}, {"exclude": ["q_proj"]}, hx.NoMatchError, "matches only excluded kernels"),
-        ({"q_proj": hx.at(LORA, layers=[7])}, {}, hx.NoMatchError, r"layers=\[7\] selects no kernel"),
+        ({"q_proj": hx.at(LORA, layers=[7])}, {}, hx.NoMatchError, r"layers=\[7\].*has no layer 7, only 0, 1, 2"),
         ({"embed": hx.at(LORA, layers=[0])}, {}, hx.NoMatchError, "neither the path nor view 'io' has layers"),
         ({"q_proj": hx.at(LORA, view="bio")}, {}, hx.ViewError, "view 'bio' has 3 axes, the kernel 2"),
         ({"q_proj": hx.at(LORA, view="oi")}, {}, hx.ViewError, r"bias: expected shape \(4,\).*found \(6,\)"),
@@ -117,6 +118,9 @@ def test_a_rule_that_cannot_be_meant_is_one_clear_line(rules, options, error, me
         ([[("q", LORA)]], {}, hx.ConfigError),
         ([{"q": LORA}], {"view": "xio"}, hx.ViewError),
         ([{"q": hx.at(LORA, view="bi")}], {}, hx.ViewError),
+        ([{5: LORA}], {}, hx.ConfigError),
+        ([{"": LORA}], {}, hx.ConfigError),
+        ([{"q": LORA}], {"view": 3}, hx.ViewError),
     ],
 )
 def test_arguments_of_another_kind_are_refused_at_once(arguments, options, error):
@@ -130,6 +134,82 @@ def test_a_kernel_of_more_than_two_axes_needs_a_view_and_the_error_explains_it()
         hx.inject({"q": LORA}).init(jax.random.key(0), params)
     for injection in (hx.inject({"q": LORA}, view="bio"), hx.inject({"q": hx.at(LORA, view="bio")})):
         assert injection.init(jax.random.key(0), params)["q/kernel"]["a"].shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 0], [-1], [0.0], [True], 3, "01"])
+def test_layers_are_distinct_integers_from_zero_on(layers):
+    with pytest.raises(hx.ConfigError, match="layers must be distinct integers"):
+        hx.at(LORA, layers=layers)
+    assert hx.at(LORA, layers=np.arange(2)).layers == (0, 1)
+
+
+def test_a_number_in_an_automatic_name_is_no_layer():
+    """`Dense_0` within a stack: the layers are those of the batch axis."""
+    params = {"layers": {f"Dense_{at}": {"kernel": jnp.ones((3, 4, 4))} for at in range(2)}}
+    injection = hx.inject({"**/kernel": hx.at(LORA, layers=[2])}, view="bio")
+    adapters = injection.init(jax.random.key(0), params)
+    assert [f["a"].shape for f in adapters.values()] == [(1, 4, 2), (1, 4, 2)]
+    fused = {"layer_1": {"kv": jnp.ones((2, 3, 4, 5))}, "layer_2": {"kv": jnp.ones((2, 3, 4, 5))}}
+    targets = hx.inject({"kv": hx.at(LORA, view="boio", layers=[2])}).targets(fused)
+    assert list(targets) == ["layer_2/kv"] and targets["layer_2/kv"].layers is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias"), [("kernel", "bias"), ("weight", "bias"), ("w", "b"), ("w", "bias"), ("kernel", "b")]
+)
+def test_merging_a_shift_finds_the_layers_bias_by_its_usual_names(kernel, bias):
+    injection = hx.inject({"dense": hx.hadamard_adapter()})
+    params = {"dense": {kernel: jnp.eye(3), bias: jnp.arange(3.0)}}
+    adapters = injection.init(jax.random.key(0), params)
+    chex.assert_trees_all_equal(injection.merge(params, adapters), params)
+    adapters["dense/" + kernel]["bias"] += 1.0
+    merged = injection.merge(params, adapters)["dense"]
+    assert merged.keys() == {kernel, bias} and (merged[bias] == jnp.arange(3.0) + 1).all()
+    bare = injection.merge({"dense": {kernel: jnp.eye(3)}}, adapters)["dense"]
+    assert bare.keys() == {kernel, "b" if kernel == "w" else "bias"}
+
+
+def test_kernels_that_share_a_module_have_no_bias_to_fight_over():
+    params = {"attn": {"q": jnp.eye(3), "k": jnp.eye(3), "bias": jnp.arange(3.0)}}
+    injection = hx.inject({"**/{q,k}": hx.hadamard_adapter()})
+    with pytest.raises(hx.MergeError, match="attn/k: merging needs a bias, and a kernel of that name has no place"):
+        injection.merge(params, injection.init(jax.random.key(0), params))
+
+
+def test_a_stack_of_biases_named_b_is_no_matrix_and_a_factor_named_b_is():
+    params = {"q": {"w": jnp.ones((3, 4, 5)), "b": jnp.ones((3, 5))}}
+    assert list(hx.inject({"q": LORA}, view="bio").targets(params)) == ["q/w"]
+    assert list(hx.inject({"m": LORA}).targets({"m": {"a": jnp.ones((4, 5)), "b": jnp.ones((5, 4))}})) == ["m/a", "m/b"]
+
+
+def test_integer_kernels_are_refused():
+    with pytest.raises(hx.NotAMatrixError, match="q: a kernel must be floating point, found int8"):
+        hx.inject({"q": LORA}).init(jax.random.key(0), {"q": jnp.ones((4, 4), jnp.int8)})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [hx.lora(4), hx.at(LORA, view="bio", layers=[1]), hx.hira(2), hx.dora(2)],
+    ids=["rank", "layers", "same", "more"],
+)
+def test_factors_of_another_shape_are_refused_by_name(other):
+    params = {"w": jnp.ones((3, 6, 5))}
+    adapters = hx.inject({"w": LORA}, view="bio").init(jax.random.key(0), params)
+    injection = hx.inject({"w": other}, view="bio")
+    if isinstance(other, hx.Adapter) and other.config["method"] == "hira":
+        injection.bind(params, adapters)  # the same factors, so nothing to refuse
+        return
+    for call in ("bind", "merge"):
+        with pytest.raises(hx.ConfigError, match=r"w: factor '\w+' should have shape"):
+            getattr(injection, call)(params, adapters)
+
+
+def test_leaves_that_are_no_arrays_are_left_alone():
+    params = {"name": "model", "none": None, "w": np.ones((3, 3), np.float32)}
+    injection = hx.inject({"w": LORA})
+    adapters = injection.init(jax.random.key(0), {"w": params["w"]})
+    assert injection.summary(params).trainable == 12
+    assert injection.apply(lambda p, x: x @ p["w"])({"w": params["w"]}, adapters, jnp.ones(3)).shape == (3,)
 
 
 def test_the_common_view_leaves_kernels_of_two_axes_as_they_are():
@@ -318,7 +398,7 @@ def test_a_config_survives_json():
     injection = hx.inject(
         {
             "layers_0/attn/q_proj": hx.at(hx.add(hx.hira(2), hx.lora(1)), layers=[0]),
-            re.compile(r".*/up_proj/kernel"): hx.scaled(hx.abba(2), 0.5),
+            re.compile(r".*/UP_proj/kernel", re.IGNORECASE): hx.scaled(hx.abba(2), 0.5),
             "down_proj": hx.chain(hx.boha(2, 2), hx.ia3()),
         },
         view="bio",
@@ -351,6 +431,10 @@ def test_a_config_survives_json():
         ({"rules": [{"pattern": "a", "adapter": {"rank": 2}}]}, "needs a 'method'"),
         ({"rules": [{"pattern": "a", "adapter": {"method": "add"}}]}, "needs 'adapters'"),
         ([], "not an injection's configuration"),
+        ({"rules": [], "veiw": "bio"}, "has no 'veiw'; nearest: 'view'"),
+        ({"rules": [{"pattern": "a", "layer": [0], "adapter": {}}]}, "has no 'layer'; nearest: 'layers'"),
+        ({"rules": [{"regex": "(", "adapter": {"method": "lora", "rank": 2}}]}, "not an injection's configuration"),
+        ({"rules": [{"pattern": "a", "adapter": {"method": "ia3"}}] * 2}, "'a' stands in two rules"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused_in_one_line(config, message):

@@ -225,10 +225,20 @@ def test_merging_restores_to_the_bit_by_keeping_the_old_parameters(case: Case):
     chex.assert_trees_all_equal(linear, before)
 
 
-@every_method
-def test_rows_of_an_embedding_equal_rows_of_the_merged_table(case: Case, x64):
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_an_embedding_equal_rows_of_the_merged_table(name, x64):
+    case = CASES[name]
     if case.adapter.rows is None:
-        assert case.adapter.config["method"] in {"boha", "gralora", "dora", "ia3", "hadamard_adapter", "chain", "add"}
+        assert name in {
+            "boha",
+            "boha-scale",
+            "gralora",
+            "dora",
+            "ia3-input",
+            "hadamard-input",
+            "hadamard-input-bias",
+            "add-shifts",
+        }
         return
     linear, ids = layer(0, with_bias=False), jnp.array([3, 0, 3, 15])
     factors = perturbed(case.adapter.init(jax.random.key(2), linear))
@@ -285,7 +295,21 @@ BAD = [
     (lambda: hx.hadamard_adapter(weight=False, bias=False), "nothing to train"),
     (lambda: hx.hadamard_adapter(position="outptu"), "nearest: 'output'"),
     (lambda: hx.hadamard_adapter(order=4), "order must be 1, 2 or 3"),
-    (lambda: hx.add(), "at least one adapter"),
+    (lambda: hx.add(), "add: needs adapters"),
+    (lambda: hx.add([hx.lora(1)]), "add: needs adapters, one argument each"),
+    (lambda: hx.scaled("lora", 2), "scaled: needs an adapter, found 'lora'"),
+    (lambda: hx.scaled(hx.lora(1), "2"), "scaled: scale must be a finite number, found '2'"),
+    (lambda: hx.lora(4, alpha="16"), "lora: alpha must be a finite number, found '16'"),
+    (lambda: hx.lora(4, alpha=0), "alpha 0 would make the update zero"),
+    (lambda: hx.lora(4, rslora="no"), "rslora must be true or false, found 'no'"),
+    (lambda: hx.dora(4, alpha=float("nan")), "dora: alpha must be a finite number, found nan"),
+    (lambda: hx.loha(4, alpha=[1]), "loha: alpha must be a finite number"),
+    (lambda: hx.gralora(4, 2, alpha=True), "gralora: alpha must be a finite number, found True"),
+    (lambda: hx.hira(4, scale="1e-3"), "hira: scale must be a finite number, found '1e-3'"),
+    (lambda: hx.boha(4, 2, scale=float("inf")), "boha: scale must be a finite number, found inf"),
+    (lambda: hx.abba(4, scale="x"), "abba: scale must be a finite number"),
+    (lambda: hx.hadamard_adapter(weight="false"), "weight must be true or false, found 'false'"),
+    (lambda: hx.hadamard_adapter(order=2.0), "order must be 1, 2 or 3, found 2.0"),
 ]
 
 
@@ -294,6 +318,42 @@ def test_bad_hyper_parameters_are_refused_in_one_line(make, message):
     with pytest.raises(hx.ConfigError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_numpy_number_as_alpha_does_not_widen_half_precision():
+    linear = layer(0, dtype=jnp.bfloat16)
+    for adapter in (hx.lora(4, alpha=np.float64(8)), hx.dora(4, alpha=np.float64(8)), hx.hira(4, scale=np.float64(2))):
+        factors = adapter.init(jax.random.key(1), linear)
+        assert adapter.dot(factors, linear, jnp.ones((2, IN), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+BOUNDS = [  # torch's kaiming_uniform_(a=sqrt(5)) is 1 / sqrt(fan_in); ABBA's a2 has a=0
+    (hx.lora(4), "a", IN),
+    (hx.hira(4), "a", IN),
+    (hx.dora(4), "a", IN),
+    (hx.boha(8, 4), "a", IN // 4),
+    (hx.gralora(8, 4), "a", IN // 4),
+    (hx.loha(4), "a1", IN),
+    (hx.loha(4), "b1", 4),
+    (hx.loha(4), "b2", 4),
+    (hx.abba(4), "a2", IN / 6),
+]
+
+
+@pytest.mark.parametrize(("adapter", "name", "fan_in"), BOUNDS, ids=[f"{a.config['method']}-{n}" for a, n, _ in BOUNDS])
+def test_random_factors_are_uniform_within_torchs_bound(adapter, name, fan_in):
+    linear = layer(0, dtype=jnp.float32)
+    draws = jax.vmap(lambda key: adapter.init(key, linear)[name])(jax.random.split(jax.random.key(0), 50))
+    bound = fan_in**-0.5
+    assert 0.97 * bound < jnp.abs(draws).max() <= bound
+    np.testing.assert_allclose(draws.std(), bound / 3**0.5, rtol=0.03)
+
+
+def test_dora_leaves_a_zero_column_at_zero():
+    linear = hx.Linear(jnp.ones((4, 3)).at[:, 1].set(0))
+    factors = hx.dora(2).init(jax.random.key(0), linear)
+    factors["b"] += 1e-6
+    np.testing.assert_allclose(jnp.linalg.norm(hx.dora(2).merge(factors, linear).kernel, axis=0), [2, 0, 2], rtol=1e-5)
 
 
 TOO_LARGE = [

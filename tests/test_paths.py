@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hadamax import NoMatchError, paths
+from hadamax import ConfigError, paths
 
 names = st.lists(st.text("abk_0", min_size=1, max_size=4), min_size=1, max_size=4).map("/".join)
 
@@ -47,9 +47,17 @@ def test_a_path_matches_itself_and_its_last_name(path):
     assert paths.compile_pattern(re.compile(re.escape(path))).fullmatch(path)
 
 
-def test_an_open_brace_is_refused():
-    with pytest.raises(NoMatchError, match="brace"):
-        paths.compile_pattern("{a,b")
+@pytest.mark.parametrize("pattern", ["{a,b", "a}{b", "}q{", "a}"])
+def test_braces_that_do_not_pair_are_refused(pattern):
+    with pytest.raises(ConfigError, match="braces that do not pair"):
+        paths.compile_pattern(pattern)
+
+
+def test_a_leaf_named_value_keeps_its_name_and_two_leaves_never_share_a_path():
+    assert list(paths.leaves({"attn": {"query": 1, "value": 2}})) == ["attn/query", "attn/value"]
+    for tree in ({"a/b": 1, "a": {"b": 2}}, {"params": {"a": 1}, "a": 2}):
+        with pytest.raises(ConfigError, match="two parameters have the path"):
+            paths.leaves(tree)
 
 
 def test_only_the_first_params_key_is_the_collection():
@@ -61,3 +69,5 @@ def test_a_leaf_is_added_beside_its_siblings_without_touching_the_tree():
     tree = {"params": {"a": {"kernel": 1}, "b": {"kernel": 2}}}
     assert paths.add_leaf(tree, "a/bias", 3) == {"params": {"a": {"kernel": 1, "bias": 3}, "b": {"kernel": 2}}}
     assert "bias" not in tree["params"]["a"]
+    with pytest.raises(TypeError, match="has a 'kernel'"):
+        paths.add_leaf(tree, "a/kernel", 3)

@@ -65,7 +65,7 @@ class AdapterConfig:
     """What is trained.
 
     Attributes:
-        method: abba, hira, boha, lora, ...: a name of hadamax.methods.METHODS; null trains no adapter.
+        method: abba, hira, boha, lora, ...: a name of hadamax.METHODS; null trains no adapter.
         rank: rank, for the methods that have one (32 where it is null).
         options: the method's other arguments, such as {alpha: 16} or {blocks: 4}.
         targets: path patterns of the adapted kernels.
@@ -93,7 +93,8 @@ class OptimConfig:
         lr_ratio: multiplies the learning rate of the second factors, as LoRA+ does.
         optimizer: adamw, lion or sgd (with momentum); the default learning rates are AdamW's.
         betas: decay of the first and second moment.
-        weight_decay: decoupled weight decay.
+        weight_decay: decoupled weight decay of the trained base parameters; factors are never decayed, since some rest
+            at 1 and all make an update that should not fade.
         schedule: shape of the learning rate after the warm-up.
         warmup: share of the steps over which the learning rate rises to its peak.
         clip: largest global norm of the gradient; 0 turns clipping off.

@@ -7,6 +7,7 @@ The directory has the tokenizer's files too: transformers and vLLM load it as it
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,10 +72,12 @@ def export(config: ExportConfig) -> tuple[dict[str, float], float]:
     """
     run = load_run(config.run, config.base)
     params, losses, total = merge(run, config.dtype)
-    base = run.base
-    with tempfile.TemporaryDirectory() as folder:  # a base on the hub has no folder to copy the tokenizer from
-        base.tokenizer.save_pretrained(folder)
-        hf.save_pretrained(config.out, base.model, params, base.config, dtype=config.dtype, tokenizer_from=folder)
+    base, source = run.base, config.base or run.config.model.base
+    with tempfile.TemporaryDirectory() as folder:
+        if not Path(source).is_dir():  # a base on the hub has no folder to copy the tokenizer from
+            base.tokenizer.save_pretrained(folder)
+            source = folder
+        hf.save_pretrained(config.out, base.model, params, base.config, dtype=config.dtype, tokenizer_from=source)
     return losses, total
 
 

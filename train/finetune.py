@@ -237,9 +237,12 @@ def resume(
         if here != there:
             found = f"was made with other {name}: {json.dumps(there)}, now {json.dumps(here)}"
             raise hx.ConfigError(f"{checkpoints.directory} {found}; give another run.out")
-    for section in ("data", "optim"):
-        if old["config"][section] != meta["config"][section]:
-            print(f"note: section {section!r} differs from the run's; the resumed run is not the uninterrupted one")
+    free = {"out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume"}  # change no parameter
+    for section in ("model", "data", "optim", "run"):
+        for name, value in meta["config"][section].items():
+            if name not in free and old["config"][section].get(name) != value:
+                changed = f"{section}.{name} was {old['config'][section].get(name)!r}, now {value!r}"
+                print(f"note: {changed}; the resumed run is not the uninterrupted one")
     batches.set_state(checkpoints.json(step, "data"))
     trainable = checkpoints.arrays(step, "trainable", state.trainable)
     return State(trainable, checkpoints.arrays(step, "state", state.optimizer))

@@ -87,7 +87,7 @@ def build(config: OptimConfig, rates: Any, steps: int) -> optax.GradientTransfor
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         direction,
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, mask={"adapters": False, "base": True}),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
         optax.scale_by_schedule(schedule(config, steps)),
     )

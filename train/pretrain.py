@@ -150,6 +150,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        settings = Path(folder, "tokenizer_config.json")  # transformers 4 knows the class by its older name only
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         save_pretrained(args.out, model, params, config, tokenizer_from=folder)
     recipe = {
         "steps": args.steps,

@@ -86,6 +86,8 @@ def save_pretrained(
             for file in (tokenizer / name for name in TOKENIZER_FILES):
                 if file.is_file():
                     shutil.copyfile(file, temporary / file.name)
+        for file in temporary.iterdir():  # safetensors writes files that only their owner may read
+            shutil.copymode(temporary / "config.json", file)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {' '.join(str(error).split())}") from error

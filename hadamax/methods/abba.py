@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hadamax.adapter import Adapter, Linear
 from hadamax.errors import ConfigError
 from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_rows
-from hadamax.methods.products import check_positive, check_rank, kaiming_uniform, on_last, wide
+from hadamax.methods.products import check_number, check_positive, check_rank, kaiming_uniform, on_last, wide
 
 Init = Literal["auto", "exact", "randomized", "kaiming"]
 _LARGE = 1024  # an exact SVD of a larger matrix takes seconds to minutes
@@ -94,9 +94,10 @@ def abba(
     elif rank is not None or r1 is None or r2 is None:
         raise ConfigError(f"abba: give either rank (the total) or both r1 and r2, found rank={rank}, r1={r1}, r2={r2}")
     check_positive("abba", r1=r1, r2=r2)
+    check_number("abba", alpha=alpha, scale=scale)
     check_choice("abba", "forward", forward, Forward)
     check_choice("abba", "init", init, Init)
-    s = alpha**2 / math.sqrt(r1 * r2) if scale is None else scale
+    s = float(alpha**2 / math.sqrt(r1 * r2) if scale is None else scale)
 
     def make(key: jax.Array, linear: Linear) -> dict:
         check_rank("abba", max(r1, r2), linear.kernel)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.methods.merging import merged_dot, rounded_once
-from hadamax.methods.products import blockwise, check_blocks, check_grid, kaiming_uniform, wide
+from hadamax.methods.products import blockwise, check_blocks, check_grid, check_number, kaiming_uniform, wide
 
 
 def block_init(method: str, rank: int, blocks: int):
@@ -47,6 +47,8 @@ def boha(rank: int, blocks: int, *, scale: float = 1.0) -> Adapter:
         ((4, 4, 4, 2), (4, 4, 2, 3))
     """
     check_blocks("boha", rank, blocks)
+    check_number("boha", scale=scale)
+    scale = float(scale)
 
     def new_kernel(factors, kernel):
         return kernel * (1 + scale * blockwise(factors["a"], factors["b"]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hadamax.adapter import Adapter
 from hadamax.methods.lora import low_rank_init
 from hadamax.methods.merging import rounded_once
-from hadamax.methods.products import check_positive, on_last, wide
+from hadamax.methods.products import check_number, check_positive, on_last, wide
 
 
 def dora(rank: int, *, alpha: float | None = None) -> Adapter:
@@ -33,15 +33,19 @@ def dora(rank: int, *, alpha: float | None = None) -> Adapter:
         Array([2., 2., 2.], dtype=float32)
     """
     check_positive("dora", rank=rank)
+    check_number("dora", alpha=alpha)
     alpha = rank if alpha is None else alpha
-    scale = alpha / rank
+    scale = float(alpha / rank)
     low_rank = low_rank_init("dora", rank)
 
     def norm(a, b, kernel):
         a, b, kernel = jax.lax.stop_gradient((a, b, kernel.astype(wide(kernel.dtype))))
         square = (kernel**2).sum(0) + 2 * scale * ((a.T @ kernel) * b).sum(0) + scale**2 * (((a.T @ a) @ b) * b).sum(0)
-        # a cancelled or zero column has no direction: its norm counts as 1, so the output is 0 and not NaN
-        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 1)
+        return jnp.sqrt(jnp.maximum(square, 0))
+
+    def gain(factors, kernel):
+        size = norm(factors["a"], factors["b"], kernel)
+        return factors["magnitude"] / jnp.where(size > 0, size, 1)  # a zero column has no direction, and stays zero
 
     def init(key, linear):
         factors = low_rank(key, linear)
@@ -49,12 +53,12 @@ def dora(rank: int, *, alpha: float | None = None) -> Adapter:
 
     def new_kernel(factors, kernel):
         a, b = factors["a"], factors["b"]
-        return on_last(factors["magnitude"] / norm(a, b, kernel), kernel) * (kernel + scale * (a @ b))
+        return on_last(gain(factors, kernel), kernel) * (kernel + scale * (a @ b))
 
     def dot(factors, linear, x):
         a, b = factors["a"], factors["b"]
         direction = x @ linear.kernel.astype(x.dtype) + scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
-        return (on_last(factors["magnitude"] / norm(a, b, linear.kernel), x) * direction).astype(x.dtype)
+        return (on_last(gain(factors, linear.kernel), x) * direction).astype(x.dtype)
 
     config = {"method": "dora", "rank": rank, "alpha": alpha}
     return Adapter(init, rounded_once(new_kernel), dot, config)

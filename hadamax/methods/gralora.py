@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hadamax.adapter import Adapter
 from hadamax.methods.boha import block_init
 from hadamax.methods.merging import rounded_once
-from hadamax.methods.products import blockwise, check_blocks
+from hadamax.methods.products import blockwise, check_blocks, check_number
 
 
 def gralora(rank: int, blocks: int, *, alpha: float | None = None) -> Adapter:
@@ -31,8 +31,9 @@ def gralora(rank: int, blocks: int, *, alpha: float | None = None) -> Adapter:
         2
     """
     check_blocks("gralora", rank, blocks)
+    check_number("gralora", alpha=alpha)
     alpha = rank if alpha is None else alpha
-    scale = alpha / rank
+    scale = float(alpha / rank)
 
     def new_kernel(factors, kernel):
         return kernel + scale * blockwise(factors["a"], factors["b"])

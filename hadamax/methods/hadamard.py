@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from hadamax.adapter import Adapter, Linear
 from hadamax.errors import ConfigError, MergeError
 from hadamax.methods.pairs import check_choice
-from hadamax.methods.products import on_last, wide
+from hadamax.methods.products import check_flag, on_last, wide
 
 Position = Literal["input", "output"]
 
@@ -47,6 +47,7 @@ def hadamard_adapter(
         Array([0., 0., 0.], dtype=float32)
     """
     check_choice("hadamard_adapter", "position", position, Position)
+    check_flag("hadamard_adapter", weight=weight, bias=bias)
     if not (weight or bias or order > 1):
         raise ConfigError("hadamard_adapter: weight=False and bias=False leave nothing to train")
     if order not in (1, 2, 3):

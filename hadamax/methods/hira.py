@@ -12,7 +12,7 @@ layer, 3 matmul units. The factor W0, about 0.02 in size, makes the step in weig
 from hadamax.adapter import Adapter
 from hadamax.methods.lora import low_rank_init, low_rank_rows
 from hadamax.methods.merging import merged_dot, rounded_once
-from hadamax.methods.products import check_positive
+from hadamax.methods.products import check_number, check_positive
 
 
 def hira(rank: int, *, scale: float = 1.0) -> Adapter:
@@ -31,6 +31,8 @@ def hira(rank: int, *, scale: float = 1.0) -> Adapter:
         {'method': 'hira', 'rank': 8, 'scale': 1.0}
     """
     check_positive("hira", rank=rank)
+    check_number("hira", scale=scale)
+    scale = float(scale)
 
     def new_kernel(factors, kernel):
         return kernel * (1 + scale * (factors["a"] @ factors["b"]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_rows
-from hadamax.methods.products import check_positive, check_rank, kaiming_uniform, wide
+from hadamax.methods.products import check_number, check_positive, check_rank, kaiming_uniform, wide
 
 
 def loha(rank: int, *, alpha: float | None = None, forward: Forward = "auto") -> Adapter:
@@ -33,9 +33,10 @@ def loha(rank: int, *, alpha: float | None = None, forward: Forward = "auto") ->
         {'a1': (4, 2), 'b1': (2, 3), 'a2': (4, 2), 'b2': (2, 3)}
     """
     check_positive("loha", rank=rank)
+    check_number("loha", alpha=alpha)
     check_choice("loha", "forward", forward, Forward)
     alpha = rank if alpha is None else alpha
-    scale = alpha / rank
+    scale = float(alpha / rank)
 
     def init(key: jax.Array, linear: Linear) -> dict:
         check_rank("loha", rank, linear.kernel)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.methods.merging import rounded_once
-from hadamax.methods.products import check_positive, check_rank, kaiming_uniform, wide
+from hadamax.methods.products import check_flag, check_number, check_positive, check_rank, kaiming_uniform, wide
 
 
 def low_rank_init(method: str, rank: int):
@@ -47,8 +47,10 @@ def lora(rank: int, *, alpha: float | None = None, rslora: bool = False) -> Adap
         16
     """
     check_positive("lora", rank=rank)
+    check_number("lora", alpha=alpha)
+    check_flag("lora", rslora=rslora)
     alpha = rank if alpha is None else alpha
-    scale = alpha / rank**0.5 if rslora else alpha / rank
+    scale = float(alpha / rank**0.5 if rslora else alpha / rank)
 
     def new_kernel(factors, kernel):
         return kernel + scale * (factors["a"] @ factors["b"])

@@ -1,5 +1,7 @@
 """Products of factors that several methods share, and the initialisers that PyTorch's names stand for."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,7 @@ from hadamax.errors import ConfigError
 
 def wide(dtype) -> jnp.dtype:
     """The dtype to compute weights and keep factors in: at least float32."""
-    return jnp.promote_types(jnp.float32, dtype)
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 2 else jnp.promote_types(jnp.float32, dtype)
 
 
 def on_last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -46,6 +48,24 @@ def check_positive(method: str, **values: int | None) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{method}: {name} must be a positive integer, found {value!r}")
+
+
+def check_number(method: str, **values: float | None) -> None:
+    """Raise ConfigError unless every value is a finite real number; an `alpha` also not 0. None passes."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{method}: {name} must be a finite number, found {value!r}")
+        if name == "alpha" and value == 0:
+            raise ConfigError(f"{method}: alpha 0 would make the update zero for ever; give another value")
+
+
+def check_flag(method: str, **values: bool) -> None:
+    """Raise ConfigError unless every value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{method}: {name} must be true or false, found {value!r}")
 
 
 def check_rank(method: str, rank: int, kernel: jax.Array) -> None:
