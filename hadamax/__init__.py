@@ -1,7 +1,7 @@
 """Hadamard-product (element-wise, not the transform) adapters for fine-tuning transformers in JAX."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.compose import add, chain, scaled
@@ -21,6 +21,12 @@ from hadamax.inject import Injection, at, from_config, inject
 from hadamax.lazy import lazily
 from hadamax.methods import abba, boha, dora, gralora, hadamard_adapter, hira, ia3, loha, lora
 from hadamax.weight import LazyWeight
+
+if TYPE_CHECKING:
+    from hadamax import checkpoint as checkpoint
+    from hadamax import generate as generate
+    from hadamax import hf as hf
+    from hadamax import models as models
 
 __version__ = "0.1.0"
 

@@ -114,7 +114,7 @@ class Injection(NamedTuple):
                 factors = jax.tree.map(lambda f: f[index], factors)  # inactive layers hold factors that nothing reads
                 on = np.isin(range(batch[0]), target.layers)
                 active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
-            bias = views.canonical(leaves[target.bias], target.bias_axes) if target.has_bias else None
+            bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
             return LazyWeight(
                 jnp.asarray(leaf), bias, factors, active, adapter=target.adapter, axes=target.axes, path=path
             )
@@ -162,9 +162,10 @@ class Injection(NamedTuple):
             shape = leaves[path].shape
             merged[path] = views.restore(kernel, target.axes, shape)
             if bias is not None:
-                if target.bias is None:
+                where = target.bias or target.new_bias
+                if where is None:
                     raise MergeError(f"{path}: merging needs a bias, and a kernel of that name has no place for one")
-                (merged if target.has_bias else new)[target.bias] = views.restore(
+                (merged if target.bias else new)[where] = views.restore(
                     bias, target.bias_axes, views.sizes(shape, target.axes, list(target.bias_axes))
                 )
         params = paths.map_leaves(lambda path, leaf: merged.get(path, leaf), params)
@@ -222,10 +223,7 @@ class Injection(NamedTuple):
             kind = kind if odd[0] in selected else "is in the adapters, but no rule selects it"
             raise ConfigError(f"{odd[0]} {kind}: the adapters were made by other rules or for another model")
         for path, target in selected.items():
-            linear, batch = jax.eval_shape(lambda target=target: stacks.canonical(leaves, target)), ()
-            batch = (len(target.layers), *linear.kernel.shape[1:-2]) if target.layers else linear.kernel.shape[:-2]
-            one = jax.tree.map(lambda leaf, n=linear.kernel.ndim - 2: leaf.update(shape=leaf.shape[n:]), linear)
-            expected = {keys: (*batch, *leaf) for keys, leaf in stacks.factor_shapes(target.adapter, one)}
+            expected = stacks.factor_shapes(leaves, target)
             found = dict(jax.tree_util.tree_flatten_with_path(adapters[path])[0])
             for keys in expected.keys() | found.keys():
                 shape = tuple(found[keys].shape) if keys in found else None

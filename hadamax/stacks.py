@@ -16,7 +16,7 @@ from hadamax.targets import Target
 def canonical(leaves: Mapping[str, Any], target: Target) -> Linear:
     """The layer as `[batch..., in, out]` and `[batch..., out]`."""
     kernel = views.canonical(jnp.asarray(leaves[target.path]), target.axes)
-    bias = views.canonical(jnp.asarray(leaves[target.bias]), target.bias_axes) if target.has_bias else None
+    bias = None if target.bias is None else views.canonical(jnp.asarray(leaves[target.bias]), target.bias_axes)
     return Linear(kernel, bias)
 
 
@@ -52,8 +52,18 @@ def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
 
 
+def factor_shapes(leaves: Mapping[str, Any], target: Target) -> dict[Any, tuple[int, ...]]:
+    """The shape of each factor of a target, by its tree keys."""
+    linear = jax.eval_shape(lambda: canonical(leaves, target))
+    axes = linear.kernel.ndim - 2
+    batch = linear.kernel.shape[:axes]
+    if target.layers is not None:
+        batch = (len(target.layers), *batch[1:])
+    one = jax.tree.map(lambda leaf: leaf.update(shape=leaf.shape[axes:]), linear)
+    return {keys: (*batch, *shape) for keys, shape in _shapes_of_one(target.adapter, one)}
+
+
 @functools.cache
-def factor_shapes(adapter: Adapter, linear: Linear) -> list[tuple[Any, tuple[int, ...]]]:
-    """Key path and shape of each factor of one matrix."""
+def _shapes_of_one(adapter: Adapter, linear: Linear) -> list[tuple[Any, tuple[int, ...]]]:
     factors = jax.eval_shape(adapter.init, jax.random.key(0), linear)
     return [(keys, leaf.shape) for keys, leaf in jax.tree_util.tree_flatten_with_path(factors)[0]]

@@ -30,9 +30,9 @@ class Target(NamedTuple):
         path: of the kernel.
         adapter: its method.
         axes: the labels of its axes (`hadamax.views`).
-        bias: path of the layer's bias, or of the one that a merge would add; None where no name is known.
-        has_bias: whether it is there.
-        bias_axes: the labels of its axes.
+        bias: path of the layer's bias, or None where it has none.
+        new_bias: path of the bias that a merge would add; None where there is one, or no name for it is known.
+        bias_axes: the labels of the axes of either.
         layers: indices on the first batch axis that are adapted, or None for all.
     """
 
@@ -40,7 +40,7 @@ class Target(NamedTuple):
     adapter: Adapter
     axes: views.Axes
     bias: str | None
-    has_bias: bool
+    new_bias: str | None
     bias_axes: views.Axes
     layers: tuple[int, ...] | None
 
@@ -66,7 +66,7 @@ def find(
         if not first:
             raise NoMatchError(f"pattern {paths.text(pattern)} matches only kernels of earlier rules; put it first")
         targets = [target for path in first if (target := _target(path, rule, view, shapes))]
-        seen = {layer for path in first for layer in ([_layer_of(path)] if _layer_of(path) is not None else [])}
+        seen = {layer for path in first if (layer := _layer_of(path)) is not None}
         missing = sorted(set(rule.layers or ()) - seen) if seen else []
         if missing:
             raise NoMatchError(
@@ -136,18 +136,18 @@ def _layer_of(path: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def _bias(path: str, axes: views.Axes, shapes: Shapes) -> tuple[str | None, bool, views.Axes]:
-    """The path of the layer's bias (or of the one to add), whether it is there, and the labels of its axes."""
+def _bias(path: str, axes: views.Axes, shapes: Shapes) -> tuple[str | None, str | None, views.Axes]:
+    """The path of the layer's bias, of the one to add where it has none, and the labels of its axes."""
     layouts = views.bias_layouts(axes)
     expected = [views.sizes(shapes[path], axes, list(layout)) for layout in layouts]
     module, _, name = path.rpartition("/")
     candidates = [f"{module}/{bias}".lstrip("/") for bias in _BIASES.get(name, ())]
     for bias in candidates:
         if shapes.get(bias) in expected:
-            return bias, True, layouts[expected.index(shapes[bias])]
+            return bias, None, layouts[expected.index(shapes[bias])]
         if bias in shapes and bias.endswith("bias"):
             raise ViewError(
                 f"{bias}: expected shape {expected[0]} for the kernel {shapes[path]} of view"
                 f" {''.join(label[0] for label in axes)!r}, found {shapes[bias]}"
             )
-    return next(iter(candidates), None), False, layouts[0]
+    return None, next(iter(candidates), None), layouts[0]

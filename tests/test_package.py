@@ -1,8 +1,11 @@
 """The wheel stands alone, and `import hadamax` stays light."""
 
+import ast
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -44,6 +47,31 @@ def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
     assert Path(where.strip()).is_relative_to(tmp_path)
 
 
+def requirements(names):
+    """The import names of requirement strings."""
+    renamed = {"orbax_checkpoint": "orbax", "pyyaml": "yaml"}
+    plain = [re.match(r"[\w-]+", name)[0].lower().replace("-", "_") for name in names]
+    return {renamed.get(name, name) for name in plain}
+
+
+@pytest.mark.parametrize(("folder", "extra"), [("hadamax", None), ("train", "train")])
+def test_every_import_is_declared(folder, extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = requirements(project["dependencies"])
+    if extra:
+        declared |= requirements(project["optional-dependencies"][extra])
+    imported = set()
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0].lower() for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0].lower())
+    own = {"hadamax", "train", *sys.stdlib_module_names}
+    # the demo checks its export with torch, which the tests bring, too
+    assert imported - own - declared <= ({"torch", "google"} if extra else set())
+
+
 def test_import_brings_in_no_model_library():
     heavy = ("flax", "orbax", "transformers", "torch", "optax", "safetensors")
     loaded = run(sys.executable, "-c", "import hadamax, sys; print(*sys.modules)", cwd=ROOT).split()
@@ -51,6 +79,6 @@ def test_import_brings_in_no_model_library():
     assert not set(heavy) & set(loaded)
 
 
-@pytest.mark.parametrize("name", ["hf", "models", "generate"])
+@pytest.mark.parametrize("name", ["hf", "models", "generate", "checkpoint"])
 def test_heavy_parts_come_with_their_first_use(name):
     run(sys.executable, "-c", f"import hadamax; hadamax.{name}", cwd=ROOT)

@@ -26,7 +26,7 @@ from train.run import Base, load_base, load_run
 BASE = Path(__file__).parent / "assets" / "base"
 OUT = Path("runs/demo")
 TOLERANCE = 1e-4
-STEPS, BATCH, LENGTH = 120, 32, 32
+STEPS, BATCH, LENGTH = 160, 32, 32
 # Rank 8 costs LoRA, HiRA, BoHA and ABBA (4 + 4) the same. The Hadamard Adapter has one scale and shift per feature.
 METHODS: dict[str, AdapterConfig] = {
     "abba": AdapterConfig(method="abba", rank=8),

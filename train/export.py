@@ -2,7 +2,7 @@
 
     python -m train.export --run runs/gsm8k --out exported/ --dtype float32
 
-The directory has the tokenizer's files too: transformers and vLLM load it as it is.
+The directory has the tokenizer's files too: transformers loads it as it is.
 """
 
 import tempfile

@@ -45,7 +45,7 @@ def save_pretrained(
     dtype: Any = None,
     tokenizer_from: str | Path | None = None,
 ) -> DecoderConfig:
-    """Writes a directory that `transformers` (4 and 5) and vLLM load.
+    """Writes a directory that `transformers` (4 and 5) loads.
 
     The directory appears whole or not at all: it is written beside its place and renamed. Biases that merging an
     adapter added are kept: `attention_bias` or `mlp_bias` is set, and the projections that have none get zeros.
