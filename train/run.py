@@ -62,8 +62,6 @@ def injection_of(config: AdapterConfig, view: str | None) -> hx.Injection | None
         ConfigError: an unknown method or option, with the nearest names; nothing to train.
     """
     if config.rules is not None:
-        if config.rank is not None or config.options or config.method not in (None, AdapterConfig.method):
-            raise hx.ConfigError("adapter.rules says all: leave out adapter.method, adapter.rank and adapter.options")
         rules: dict[Any, Any] = {pattern: _rule(pattern, dict(rule)) for pattern, rule in config.rules.items()}
         return hx.inject(rules, view=view, exclude=config.exclude)
     if config.method is None:

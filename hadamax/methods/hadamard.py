@@ -50,7 +50,7 @@ def hadamard_adapter(
     check_flag("hadamard_adapter", weight=weight, bias=bias)
     if not (weight or bias or order > 1):
         raise ConfigError("hadamard_adapter: weight=False and bias=False leave nothing to train")
-    if order not in (1, 2, 3):
+    if type(order) is not int or order not in (1, 2, 3):
         raise ConfigError(f"hadamard_adapter: order must be 1, 2 or 3, found {order!r}")
     names = ["weight"] * weight + ["bias"] * bias + ["quadratic", "cubic"][: order - 1]
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 from pathlib import Path
 
 import jax
@@ -14,6 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from hadamax import hf
 from hadamax.models import Decoder, DecoderConfig
 from train.config import Config, from_dict
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as in a terminal: a shell starts its background jobs, perhaps these tests, with SIGINT ignored."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:#+-=?"
 DECODER = DecoderConfig(

@@ -45,18 +45,21 @@ def test_schedules_rise_to_one_and_end_where_they_should(name, end):
     assert np.all(np.diff(values[10:]) <= 1e-6)
 
 
-def test_the_chain_is_adamw_with_a_rate_per_leaf():
-    params = {"adapters": {"q": {"a": jnp.ones(3), "b": jnp.full(3, 2.0)}}, "base": None}
+def test_the_chain_is_adamw_with_a_rate_per_leaf_and_decay_of_the_base_alone():
+    params = {"adapters": {"q": {"a": jnp.ones(3), "b": jnp.full(3, 2.0)}}, "base": {"norm": jnp.ones(3)}}
     grads = jax.tree.map(lambda leaf: jnp.arange(3.0) - 0.5, params)
-    config = OptimConfig(lr=1e-2, lr_ratio=3, weight_decay=0.1, warmup=0.0, clip=0, schedule="constant")
-    adapters = {"q": {"method": "lora", "rank": 1}}
-    ours = build(config, learning_rates({**params, "base": None}, adapters, config), 10)
+    config = OptimConfig(lr=1e-2, base_lr=2e-3, lr_ratio=3, weight_decay=0.1, warmup=0.0, clip=0, schedule="constant")
+    ours = build(config, learning_rates(params, {"q": {"method": "lora", "rank": 1}}, config), 10)
     got, _ = ours.update(grads, ours.init(params), params)
-    for name, rate in (("a", 1e-2), ("b", 3e-2)):
-        leaf, grad = params["adapters"]["q"][name], grads["adapters"]["q"][name]
-        adamw = optax.adamw(rate, *config.betas, weight_decay=0.1)
-        expected, _ = adamw.update(grad, adamw.init(leaf), leaf)
-        np.testing.assert_allclose(got["adapters"]["q"][name], expected, rtol=1e-6)
+    factors = got["adapters"]["q"]
+    for leaf, update, rate, decay in (
+        (jnp.ones(3), factors["a"], 1e-2, 0.0),
+        (jnp.full(3, 2.0), factors["b"], 3e-2, 0.0),
+        (jnp.ones(3), got["base"]["norm"], 2e-3, 0.1),
+    ):
+        adamw = optax.adamw(rate, *config.betas, weight_decay=decay)
+        expected, _ = adamw.update(jnp.arange(3.0) - 0.5, adamw.init(leaf), leaf)
+        np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
 def test_clipping_limits_the_global_norm():
