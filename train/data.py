@@ -85,7 +85,8 @@ def load(config: DataConfig, seed: int) -> tuple[list[Record], list[Record]]:
     share = config.eval_fraction
     held_out = round(len(train) * share)
     if share and not 0 < held_out < len(train):
-        raise DataError(f"{config.train}: data.eval_fraction {share} of {len(train)} records is {held_out}")
+        counted = f"data.eval_fraction {share} of {len(train)} records is {held_out}"
+        raise DataError(f"{config.train}: {counted}; give another, data.eval, or 0 for no evaluation")
     order = np.random.default_rng(seed).permutation(len(train))
     return [train[i] for i in sorted(order[held_out:])], [train[i] for i in sorted(order[:held_out])]
 

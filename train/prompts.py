@@ -60,6 +60,8 @@ def render(record: Mapping[str, Any], template: str, tokenizer: Any = None) -> l
         if question in record:
             fields = {"instruction": record[question], "input": record.get("input") or "", "output": record.get(answer)}
             for name, value in zip((question, "input", answer), fields.values(), strict=True):
+                if value is None and name not in record:
+                    raise DataError(f"no field {name!r}; the record has {', '.join(map(str, record))}")
                 if not isinstance(value, str):
                     raise DataError(f"field {name!r} should be a text, found {type(value).__name__}")
             # A line of its own for the input disappears with it.

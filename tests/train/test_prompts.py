@@ -66,7 +66,7 @@ def test_a_chat_without_a_template_is_a_line_per_turn():
     [
         ({"text": "x"}, "no 'instruction' and 'output'.*its fields: 'text'"),
         ({}, "its fields: none"),
-        ({"instruction": "x"}, "field 'output' should be a text, found NoneType"),
+        ({"instruction": "x"}, "no field 'output'; the record has instruction"),
         ({"question": "x", "answer": 3}, "field 'answer' should be a text, found int"),
         ({"question": ["x"], "answer": "3"}, "field 'question' should be a text, found list"),
         ({"instruction": "x", "input": 3, "output": "y"}, "field 'input' should be a text, found int"),
