@@ -11,6 +11,7 @@ import hadamax as hx
 from hadamax.errors import ConfigError
 from hadamax.generate import generate
 from hadamax.hf import load_pretrained
+from hadamax.hf.decoders import write_llama
 from hadamax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 24, 40, 2, 4, 2, 6, initializer_range=0.4)
@@ -21,7 +22,7 @@ FULL = jnp.ones_like(IDS)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama")
-    hf = transformers.LlamaConfig(**CONFIG.to_hf())
+    hf = transformers.LlamaConfig(**write_llama(CONFIG))
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(hf).eval()
     model.save_pretrained(directory)

@@ -21,8 +21,8 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hadamax.hf import save_pretrained
-from hadamax.models import Decoder, DecoderConfig
+from hadamax.hf import families, save_pretrained
+from hadamax.models import Decoder
 from train import data, evaluate, tasks
 from train.config import DataConfig, ModelConfig
 from train.run import load_base
@@ -117,7 +117,7 @@ def main() -> None:
     start = time.perf_counter()
 
     tokenizer = byte_tokenizer()
-    config = DecoderConfig.from_hf(ARCHITECTURE)
+    config = families.read_config(ARCHITECTURE)[0]
     # Unrolled layers and bfloat16 activations: about half the time of the defaults on a CPU. Parameters are float32.
     model = Decoder(config, dtype=jnp.bfloat16, scan_layers=False)
     params = model.init(jax.random.key(args.seed), jnp.zeros((1, 8), jnp.int32))

@@ -15,10 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from hadamax.errors import CheckpointError, ConfigError, MergeError
-from hadamax.hf.load import expected_leaves, flat, float_dtype
-from hadamax.hf.names import tensors_of
-from hadamax.models import Decoder, DecoderConfig
+from hadamax.errors import CheckpointError, ConfigError
+from hadamax.hf import families
+from hadamax.hf.load import flat, float_dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,14 +36,14 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def save_pretrained(
     directory: str | Path,
-    model: Decoder,
+    model: families.Model,
     params: Mapping[str, Any],
-    config: DecoderConfig,
+    config: families.Config,
     *,
     max_shard_size: int | str = "5GB",
     dtype: Any = None,
     tokenizer_from: str | Path | None = None,
-) -> DecoderConfig:
+) -> families.Config:
     """Writes a directory that `transformers` (4 and 5) loads.
 
     The directory appears whole or not at all: it is written beside its place and renamed. Biases that merging an
@@ -80,8 +79,10 @@ def save_pretrained(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
-        _write_weights(temporary, _pieces(leaves, config, dtype), limit)
-        (temporary / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        _write_weights(temporary, _pieces(leaves, model, dtype), limit)
+        (temporary / "config.json").write_text(
+            json.dumps(families.write_config(config, model.task), indent=2) + "\n", encoding="utf-8"
+        )
         if tokenizer is not None:
             for file in (tokenizer / name for name in TOKENIZER_FILES):
                 if file.is_file():
@@ -115,19 +116,14 @@ class _Piece(NamedTuple):
         return np.ascontiguousarray((value.T if self.transposed else value).astype(self.dtype, copy=False))
 
 
-def _complete(leaves: dict[str, Any], model: Decoder, config: DecoderConfig) -> tuple[dict[str, Any], DecoderConfig]:
+def _complete(
+    leaves: dict[str, Any], model: families.Model, config: families.Config
+) -> tuple[dict[str, Any], families.Config]:
     """Adds the zero biases that the family's flags ask for, and checks every shape against the config."""
-    biases = [path for path in leaves if path.endswith("_proj/bias")]
-    config = dataclasses.replace(
-        config,
-        attention_bias=config.attention_bias or any("/self_attn/" in path for path in biases),
-        mlp_bias=config.mlp_bias or any("/mlp/" in path for path in biases),
-    )
-    if "lm_head/bias" in leaves:
-        raise MergeError(
-            f"{config.model_type} has no place for 'lm_head/bias'; leave the shift on lm_head out of the merge"
-        )
-    leaves, expected = dict(leaves), expected_leaves(config, model.scan_layers)
+    expected = families.expected_leaves(model.clone(config=config))
+    added = [path for path in leaves if path.endswith("/bias") and path not in expected]
+    config = families.family_of(config.model_type).admit(config, added)
+    leaves, expected = dict(leaves), families.expected_leaves(model.clone(config=config))
     for path, leaf in expected.items():
         if path.endswith("/bias") and path not in leaves and path[:-4] + "kernel" in leaves:
             leaves[path] = np.zeros(leaf.shape, leaves[path[:-4] + "kernel"].dtype)
@@ -141,11 +137,11 @@ def _complete(leaves: dict[str, Any], model: Decoder, config: DecoderConfig) -> 
     return leaves, config
 
 
-def _pieces(leaves: Mapping[str, Any], config: DecoderConfig, dtype: np.dtype | None) -> list[_Piece]:
+def _pieces(leaves: Mapping[str, Any], model: families.Model, dtype: np.dtype | None) -> list[_Piece]:
     pieces = []
-    for path, leaf in leaves.items():
+    for path, tensors in families.tensors(model, leaves).items():
+        leaf = leaves[path]
         kind = np.dtype(leaf.dtype if dtype is None else dtype)
-        tensors = tensors_of(path, config.num_hidden_layers)
         size = leaf.size // len(tensors) * kind.itemsize
         pieces += [_Piece(t.name, leaf, t.layer, t.transposed, kind, size) for t in tensors]
     return sorted(pieces, key=lambda piece: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", piece.name)])

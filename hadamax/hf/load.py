@@ -12,22 +12,23 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from hadamax.errors import CheckpointError, ConfigError, nearest
-from hadamax.hf.names import Tensor, is_ignorable, tensors_of
-from hadamax.models import Decoder, DecoderConfig
+from hadamax.hf import families
+from hadamax.hf.names import Tensor, is_ignorable
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 def load_pretrained(
-    source: str | Path, *, dtype: Any = None, scan_layers: bool = True
-) -> tuple[Decoder, dict[str, Any], DecoderConfig]:
-    """Loads a decoder from a directory, or by hub id where no such directory exists.
+    source: str | Path, *, dtype: Any = None, task: str | None = None, scan_layers: bool = True
+) -> tuple[families.Model, dict[str, Any], families.Config]:
+    """Loads a model from a directory, or by hub id where no such directory exists.
 
     Reads `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names, tensor by
     tensor. Linear weights become kernels `[in, out]`; layers are stacked unless `scan_layers=False`.
 
     Args:
         dtype: of the parameters and activations; as in the file where None.
+        task: which head: `"causal_lm"`; what `architectures` in the file names where None.
 
     Returns:
         `(model, params, config)` with `model.apply(params, input_ids)` giving logits.
@@ -38,22 +39,16 @@ def load_pretrained(
     """
     dtype = None if dtype is None else float_dtype(dtype)
     directory = _directory(source)
-    config = DecoderConfig.from_hf(read_json(directory / "config.json"))
+    config, task = families.read_config(read_json(directory / "config.json"), task)
     files = _TensorFiles(directory)
-    leaves = expected_leaves(config, scan_layers)
-    plan = {path: tensors_of(path, config.num_hidden_layers) for path in leaves}
+    model = families.build(config, task=task, scan_layers=scan_layers)
+    leaves, plan = families.expected_leaves(model), families.tensors(model)
     # names and shapes are checked from the headers, before anything is read
     files.check({t.name: t.shape(leaves[path].shape) for path, tensors in plan.items() for t in tensors}, config)
     params = {path: _read_leaf(files, leaves[path].shape, tensors, dtype) for path, tensors in plan.items()}
     dtype = params["embed_tokens/embedding"].dtype if dtype is None else dtype
-    model = Decoder(config, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+    model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers)
     return model, {"params": unflatten_dict(params, sep="/")}, config
-
-
-def expected_leaves(config: DecoderConfig, scan_layers: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters that a config asks for, by path; nothing is allocated."""
-    model = Decoder(config, scan_layers=scan_layers)
-    return flat(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def float_dtype(dtype: Any) -> np.dtype:
@@ -142,7 +137,7 @@ class _TensorFiles:
             raise CheckpointError(f"{path} is damaged or incomplete: {_line(error)}") from error
         return self.handles[file]
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], config: DecoderConfig) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]], config: families.Config) -> None:
         """Compares names, shapes and dtypes with the expected ones."""
         missing = [name for name in expected if name not in self.files]
         if missing:

@@ -1,5 +1,6 @@
 """Parameter paths and the tensor names of Hugging Face checkpoints."""
 
+import re
 from typing import NamedTuple
 
 
@@ -17,10 +18,17 @@ class Tensor(NamedTuple):
 
 
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+STACKED = ("layers", "layer")  # modules whose parameters lead with a layer axis
 
 
-def tensors_of(path: str, num_layers: int) -> list[Tensor]:
+def tensors_of(
+    path: str, num_layers: int, prefix: str = "model", heads: tuple[str, ...] = ("lm_head",)
+) -> list[Tensor]:
     """The checkpoint tensors that make up the parameter at `path`.
+
+    Args:
+        prefix: before every name but the heads'.
+        heads: first components of the paths that have no prefix.
 
     Example:
         >>> tensors_of("layers/self_attn/q_proj/kernel", 2)[1].name
@@ -29,15 +37,19 @@ def tensors_of(path: str, num_layers: int) -> list[Tensor]:
         [Tensor(name='model.layers.3.mlp.up_proj.bias', layer=None, transposed=False)]
         >>> tensors_of("lm_head/kernel", 2)
         [Tensor(name='lm_head.weight', layer=None, transposed=True)]
+        >>> tensors_of("encoder/layer/output/dense/bias", 1, "bert")[0].name
+        'bert.encoder.layer.0.output.dense.bias'
     """
-    first, *rest, leaf = path.split("/")
-    ending = ".".join([*rest, LEAVES[leaf]])
+    *modules, leaf = path.split("/")
     transposed = leaf == "kernel"
-    if first == "lm_head":
-        return [Tensor(f"lm_head.{ending}", None, transposed)]
-    if first == "layers":
-        return [Tensor(f"model.layers.{i}.{ending}", i, transposed) for i in range(num_layers)]
-    return [Tensor(f"model.{first.replace('layers_', 'layers.')}.{ending}", None, transposed)]
+    parts = [re.sub(rf"^({'|'.join(STACKED)})_(\d+)$", r"\1.\2", module) for module in modules] + [LEAVES[leaf]]
+    if prefix and modules[0] not in heads:
+        parts.insert(0, prefix)
+    for at, part in enumerate(parts):
+        if part in STACKED:
+            names = [".".join([*parts[: at + 1], str(i), *parts[at + 1 :]]) for i in range(num_layers)]
+            return [Tensor(name, i, transposed) for i, name in enumerate(names)]
+    return [Tensor(".".join(parts), None, transposed)]
 
 
 def is_ignorable(name: str, tied: bool) -> bool:

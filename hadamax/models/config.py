@@ -1,13 +1,10 @@
-"""What a decoder is made of, read from and written as a Hugging Face `config.json`."""
+"""What a decoder is made of. Reading and writing `config.json` is the business of `hadamax.hf`."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from hadamax.errors import ConfigError, nearest
+from hadamax.errors import ConfigError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 ACTIVATIONS = ("silu",)
 
 
@@ -37,7 +34,7 @@ class Llama3Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Hyper-parameters of a decoder; the names are those of `config.json`.
+    """Hyper-parameters of a decoder; the names are those of `config.json` where that has one.
 
     Args:
         rope_scaling: None or `Llama3Rope`.
@@ -52,8 +49,8 @@ class DecoderConfig:
     Example:
         >>> config = DecoderConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         ...                        num_attention_heads=4, num_key_value_heads=2, head_dim=4)
-        >>> DecoderConfig.from_hf(config.to_hf()) == config
-        True
+        >>> config.rope_theta
+        10000.0
     """
 
     vocab_size: int
@@ -79,11 +76,6 @@ class DecoderConfig:
     model_type: str = "llama"
 
     def __post_init__(self):
-        if self.model_type not in ARCHITECTURES:
-            raise ConfigError(
-                f"model_type {self.model_type!r} is not implemented; implemented: {', '.join(ARCHITECTURES)}"
-                + nearest(str(self.model_type), ARCHITECTURES)
-            )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"hidden_act {self.hidden_act!r} is not implemented; implemented: {', '.join(ACTIVATIONS)}"
@@ -103,71 +95,3 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads the keys of `config.json`, in the form of transformers 4 or 5.
-
-        Raises:
-            ConfigError: a missing key, or a feature that is not implemented (named in the message).
-        """
-        config = {name: value for name, value in config.items() if value is not None}
-        model_type = config.get("model_type", "llama")
-        if model_type not in ARCHITECTURES:  # first: another family's missing keys would mislead
-            raise ConfigError(
-                f"model_type {model_type!r} is not implemented; implemented: {', '.join(ARCHITECTURES)}"
-                + nearest(str(model_type), ARCHITECTURES)
-            )
-        if "quantization_config" in config:
-            raise ConfigError("quantization_config: quantised checkpoints are not implemented; load the plain weights")
-        if config.get("attention_dropout", 0):
-            raise ConfigError(f"attention_dropout {config['attention_dropout']} is not implemented; set it to 0")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling", "dtype"}
-        known = {name: config[name] for name in fields if name in config}
-        heads, width = known.get("num_attention_heads"), known.get("hidden_size")
-        known.setdefault("num_key_value_heads", heads)
-        if isinstance(heads, int) and isinstance(width, int) and heads > 0:
-            known.setdefault("head_dim", width // heads)
-        known.setdefault("head_dim", 0)  # where the sizes that it follows from are missing or bad, they are refused
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in known]
-        if required:
-            raise ConfigError(f"the model config lacks {', '.join(required)}")
-        if isinstance(known.get("eos_token_id"), list):
-            known["eos_token_id"] = tuple(known["eos_token_id"])
-        theta, scaling = _read_rope(config)
-        dtype = config.get("dtype", config.get("torch_dtype"))
-        return cls(**known, rope_theta=theta, rope_scaling=scaling, dtype=dtype)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers 4 and 5 both read (`rope_theta` + `rope_scaling`, `torch_dtype`)."""
-        hf = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del hf["dtype"], hf["rope_scaling"]
-        if isinstance(self.eos_token_id, tuple):
-            hf["eos_token_id"] = list(self.eos_token_id)
-        if self.rope_scaling is not None:
-            hf["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
-        if self.dtype is not None:
-            hf["torch_dtype"] = self.dtype
-        return {"architectures": [ARCHITECTURES[self.model_type]], **hf}
-
-
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{key} must be a mapping, found {rope!r}")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ConfigError(f"partial_rotary_factor {partial} is not implemented; implemented: 1.0")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(f"rope type {kind!r} is not implemented; implemented: 'default', 'llama3'")
-    names = [field.name for field in dataclasses.fields(Llama3Rope)]
-    missing = [name for name in names if name not in rope]
-    if missing:
-        raise ConfigError(f"{key} of type 'llama3' lacks {', '.join(missing)}: {json.dumps(dict(rope))}")
-    return theta, Llama3Rope(**{name: rope[name] for name in names})

@@ -62,6 +62,11 @@ class Decoder(nn.Module):
     remat: str = "none"
 
     @property
+    def task(self) -> str:
+        """What the head is for, as in `hf.load_pretrained(task=)`."""
+        return "causal_lm"
+
+    @property
     def view(self) -> str | None:
         """Roles of the stacked kernels' axes, for `hx.inject(view=...)`."""
         return "bio" if self.scan_layers else None

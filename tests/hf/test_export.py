@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import hadamax.hf.export
 from hadamax.errors import CheckpointError, ConfigError, MergeError
 from hadamax.hf import load_pretrained, save_pretrained
-from hadamax.hf.load import expected_leaves
+from hadamax.hf.families import expected_leaves
 from hadamax.models import Decoder, DecoderConfig, Llama3Rope
 
 from .conftest import SIZES, assert_same, logits_of, torch_logits
@@ -33,7 +33,7 @@ CONFIGS = {
 
 def random_params(config, scan_layers=True, dtype=np.float32):
     rng = np.random.default_rng(0)
-    leaves = expected_leaves(config, scan_layers)
+    leaves = expected_leaves(Decoder(config, scan_layers=scan_layers))
     values = {path: (0.3 * rng.standard_normal(leaf.shape)).astype(dtype) for path, leaf in leaves.items()}
     return {"params": unflatten_dict(jax.tree.map(jnp.asarray, values), sep="/")}
 

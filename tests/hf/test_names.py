@@ -2,21 +2,18 @@
 
 import pytest
 
-from hadamax.hf.load import expected_leaves
-from hadamax.hf.names import is_ignorable, tensors_of
-from hadamax.models import DecoderConfig
+from hadamax.hf.families import build, expected_leaves, read_config, tensors
+from hadamax.hf.names import is_ignorable
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("flags", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
 def test_every_leaf_maps_onto_the_tensors_of_transformers(llama, scan_layers, flags):
     model = llama(**flags).model
-    config = DecoderConfig.from_hf(model.config.to_dict())
-    ours = {
-        tensor.name: tensor.shape(leaf.shape)
-        for path, leaf in expected_leaves(config, scan_layers).items()
-        for tensor in tensors_of(path, config.num_hidden_layers)
-    }
+    config, task = read_config(model.config.to_dict())
+    ours = build(config, task=task, scan_layers=scan_layers)
+    leaves = expected_leaves(ours)
+    ours = {t.name: t.shape(leaves[path].shape) for path, found in tensors(ours).items() for t in found}
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert ours == theirs
 

@@ -9,6 +9,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from hadamax.hf.decoders import write_llama
 from hadamax.models import DecoderConfig, Llama3Rope
 from hadamax.models.layers import Dense, RMSNorm, rope_frequencies, rotate
 
@@ -20,7 +21,7 @@ CONFIG = DecoderConfig(
 
 
 def test_llama3_frequencies_equal_those_of_transformers_in_all_three_bands():
-    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**CONFIG.to_hf()), "cpu")
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**write_llama(CONFIG)), "cpu")
     ours = rope_frequencies(CONFIG)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
     plain = CONFIG.rope_theta ** -(np.arange(0, 64, 2) / 64)
@@ -32,7 +33,7 @@ def test_llama3_frequencies_equal_those_of_transformers_in_all_three_bands():
 def test_rotation_pairs_the_halves_as_transformers_does():
     x = np.random.default_rng(0).standard_normal((2, 9, 4, 64)).astype(np.float32)
     positions = np.arange(9)[None] + np.array([[0], [50]])
-    cos, sin = LlamaRotaryEmbedding(transformers.LlamaConfig(**CONFIG.to_hf()))(
+    cos, sin = LlamaRotaryEmbedding(transformers.LlamaConfig(**write_llama(CONFIG)))(
         torch.tensor(x), torch.tensor(positions)
     )
     theirs, _ = apply_rotary_pos_emb(*2 * (torch.tensor(x).transpose(1, 2),), cos, sin)

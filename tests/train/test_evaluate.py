@@ -88,9 +88,10 @@ def test_answer_rules(rule, text, reference, right):
 
 def test_a_base_that_the_run_does_not_fit_is_refused(learnt, base_dir, tmp_path):
     from hadamax import hf
-    from hadamax.models import Decoder, DecoderConfig
+    from hadamax.hf.families import read_config
+    from hadamax.models import Decoder
 
-    config = DecoderConfig.from_hf(json.loads((base_dir / "config.json").read_text()) | {"intermediate_size": 32})
+    config = read_config(json.loads((base_dir / "config.json").read_text()) | {"intermediate_size": 32})[0]
     model = Decoder(config)
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     hf.save_pretrained(tmp_path / "other", model, params, config, tokenizer_from=base_dir)

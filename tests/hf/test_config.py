@@ -1,4 +1,4 @@
-"""DecoderConfig reads what transformers 4 and 5 write, and refuses by name what is not implemented."""
+"""Config readers take what transformers 4 and 5 write, and refuse by name what is not implemented."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from hadamax.errors import ConfigError
+from hadamax.hf.families import read_config, write_config
 from hadamax.models import DecoderConfig, Llama3Rope
 
 SIZES = {
@@ -22,8 +23,8 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 def test_both_generations_of_transformers_say_the_same():
     four = {**SIZES, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}, "torch_dtype": "bfloat16"}
     five = {**SIZES, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, "dtype": "bfloat16"}
-    config = DecoderConfig.from_hf(four)
-    assert config == DecoderConfig.from_hf(five)
+    config, _ = read_config(four)
+    assert config == read_config(five)[0]
     assert (config.rope_theta, config.rope_scaling, config.dtype) == (5e5, Llama3Rope(**LLAMA3), "bfloat16")
     assert (config.num_key_value_heads, config.head_dim) == (4, 6)  # both follow from the sizes
 
@@ -45,8 +46,9 @@ def test_what_is_written_means_the_same_to_transformers_and_to_us(scaling, theta
         rope_theta=theta, rope_scaling=scaling, tie_word_embeddings=tie, attention_bias=attention_bias,
         mlp_bias=mlp_bias, eos_token_id=eos, dtype="float32",
     )  # fmt: skip
-    assert DecoderConfig.from_hf(config.to_hf()) == config
-    assert DecoderConfig.from_hf(transformers.LlamaConfig(**config.to_hf()).to_dict()) == config
+    written = write_config(config, "causal_lm")
+    assert read_config(written)[0] == config
+    assert read_config(transformers.LlamaConfig(**written).to_dict())[0] == config
 
 
 REFUSED = {
@@ -78,5 +80,5 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_implemented_or_impossible_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message) as error:
-        DecoderConfig.from_hf({**SIZES, **change})
+        read_config({**SIZES, **change})
     assert "\n" not in str(error.value)

@@ -1,0 +1,144 @@
+"""The model families of Hugging Face that are implemented: how each is read, built, named and written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from hadamax.errors import ConfigError, nearest
+from hadamax.hf import decoders
+from hadamax.hf.names import Tensor, tensors_of
+from hadamax.models import Decoder
+
+Config = Any  # DecoderConfig or EncoderConfig: frozen, with model_type, num_hidden_layers and dtype
+Model = Any  # Decoder or Encoder: config, task, scan_layers, view
+
+
+class Family(NamedTuple):
+    """One `model_type` of `config.json`.
+
+    Attributes:
+        read: keys of `config.json` (none of them None) -> config; refuses by name what is not implemented.
+        write: config -> keys of `config.json`, without `architectures`.
+        admit: (config, paths of biases that merging added) -> the config that has places for them; MergeError where the
+            family has none.
+        build: `(config, *, task, dtype, param_dtype, scan_layers) -> model`.
+        architectures: the class of transformers for each task; the first is what a file without `architectures` holds.
+        prefix: what stands before the names of all tensors but the heads' (`"model"`), where there is a head.
+        bare: tasks without a head, whose checkpoints have no prefix.
+        heads: first components of the parameter paths that stay outside the prefix.
+    """
+
+    read: Callable[[Mapping[str, Any]], Config]
+    write: Callable[[Config], dict[str, Any]]
+    admit: Callable[[Config, Sequence[str]], Config]
+    build: Callable[..., Model]
+    architectures: Mapping[str, str]
+    prefix: str
+    bare: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("lm_head",)
+
+
+def _decoder(config: Config, *, task: str, **options: Any) -> Decoder:
+    return Decoder(config, **options)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        decoders.read_llama,
+        decoders.write_llama,
+        decoders.admit_llama,
+        _decoder,
+        {"causal_lm": "LlamaForCausalLM"},
+        prefix="model",
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family by its `model_type`.
+
+    Raises:
+        ConfigError: one that is not implemented, with the nearest names.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}"
+            + nearest(str(model_type), FAMILIES)
+        )
+    return FAMILIES[model_type]
+
+
+def read_config(config: Mapping[str, Any], task: str | None = None) -> tuple[Config, str]:
+    """The config and the task of a `config.json`, in the form of transformers 4 or 5.
+
+    Args:
+        task: what the model is for; None takes what `architectures` names.
+
+    Raises:
+        ConfigError: a missing key, or a family, task or feature that is not implemented (named in the message).
+
+    Example:
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+        >>> config, task = read_config({"model_type": "llama", "num_attention_heads": 4, **sizes})
+        >>> config.head_dim, task
+        (4, 'causal_lm')
+        >>> read_config(write_config(config, task)) == (config, task)
+        True
+    """
+    config = {name: value for name, value in config.items() if value is not None}
+    family = family_of(config.get("model_type", "llama"))  # first: another family's missing keys would mislead
+    if "quantization_config" in config:
+        raise ConfigError("quantization_config: quantised checkpoints are not implemented; load the plain weights")
+    if task is None:
+        named = config.get("architectures") or [next(iter(family.architectures.values()))]
+        tasks = [task for task, architecture in family.architectures.items() if architecture in named]
+        if not tasks:
+            raise ConfigError(
+                f"architecture {named[0]!r} is not implemented; give task=, one of {', '.join(family.architectures)}"
+            )
+        task = tasks[0]
+    if task not in family.architectures:
+        raise ConfigError(
+            f"task {task!r} is unknown for {config.get('model_type')}; known: {', '.join(family.architectures)}"
+        )
+    return family.read(config), task
+
+
+def write_config(config: Config, task: str) -> dict[str, Any]:
+    """The `config.json` that transformers 4 and 5 both read."""
+    family = family_of(config.model_type)
+    return {"architectures": [family.architectures[task]], **family.write(config)}
+
+
+def build(config: Config, *, task: str, dtype: Any = jnp.float32, scan_layers: bool = True) -> Model:
+    """The model of a config; activations and parameters in `dtype`."""
+    family = family_of(config.model_type)
+    return family.build(config, task=task, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+
+
+def expected_leaves(model: Model) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters that a model asks for, by path; nothing is allocated."""
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    leaves: Any = flatten_dict(params, sep="/")
+    return leaves
+
+
+def tensors(model: Model, paths: Any = None) -> dict[str, list[Tensor]]:
+    """The checkpoint tensors of each parameter, by its path (below `params`).
+
+    Args:
+        paths: of the parameters; all that the model asks for where None.
+
+    Example:
+        >>> from hadamax.models import DecoderConfig
+        >>> model = Decoder(DecoderConfig(64, 16, 32, 2, 4, 2, 4))
+        >>> [tensor.name for tensor in tensors(model)["layers/self_attn/q_proj/kernel"]]
+        ['model.layers.0.self_attn.q_proj.weight', 'model.layers.1.self_attn.q_proj.weight']
+    """
+    family = family_of(model.config.model_type)
+    prefix = "" if model.task in family.bare else family.prefix
+    named = expected_leaves(model) if paths is None else paths
+    return {path: tensors_of(path, model.config.num_hidden_layers, prefix, family.heads) for path in named}
