@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -175,6 +176,10 @@ class Config:
         if self.run.batch_size % self.run.grad_accum:
             sizes = f"{self.run.grad_accum} does not divide run.batch_size {self.run.batch_size}"
             raise UsageError(f"run.grad_accum {sizes}")
+        if self.adapter.rules is not None and (self.adapter.rank is not None or self.adapter.options):
+            raise UsageError(
+                "adapter.rules: each rule has its own rank and options; leave out adapter.rank and .options"
+            )
         if self.optim.optimizer != "adamw" and self.optim.lr is None:
             raise UsageError(f"optim.lr: give one for {self.optim.optimizer}; the defaults are AdamW's")
 
@@ -263,9 +268,20 @@ def parse(cls: type[T], argv: Sequence[str] | None, prog: str) -> T:
         UsageError: an unknown option, type or value, in one line with the nearest names.
     """
     try:
-        return _build(cls, _parser(cls, prog).parse_args(argv))
+        return _build(cls, _parser(cls, prog).parse_args(_spelled_out(sys.argv[1:] if argv is None else argv, cls)))
     except ArgumentError as error:
         raise UsageError(_one_line(str(error.message), cls)) from error
+
+
+def _spelled_out(argv: Sequence[str], cls: type) -> list[str]:
+    """`--verify` as `--verify true`, and `--as` as `--as_`: a Python field cannot be called `as`."""
+    switches = {"--" + name for name, kind in _options(cls) if kind is bool}
+    spelled = []
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+        spelled.append(re.sub(r"^--as(?==|$)", "--as_", arg))
+        if arg in switches and following.startswith("--"):
+            spelled.append("true")
+    return spelled
 
 
 def _parser(cls: type, prog: str) -> ArgumentParser:
@@ -285,17 +301,17 @@ def _build(cls: type[T], values: Namespace | Mapping[str, Any]) -> T:
     return cls(**kwargs)
 
 
-def _options(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every option of a nested dataclass, dotted."""
+def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option of a nested dataclass, dotted, with its type."""
     for f in dataclasses.fields(cls):
-        yield prefix + f.name
+        yield prefix + f.name, f.type
         if dataclasses.is_dataclass(f.type):
             yield from _options(f.type, f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
 
 
 def _one_line(message: str, cls: type) -> str:
     """jsonargparse's message in one line, with the nearest option names where a name is unknown."""
-    names = ["config", *_options(cls)]
+    names = ["config", *(name.rstrip("_") for name, _ in _options(cls))]
     if found := re.search(r"unrecognized arguments: --([^\s=]+)|(?:accept option|Option) '(\S+)'", message):
         group = re.search(r"Group '(\S+)' does", message)
         name = found[1] or (f"{group[1]}.{found[2]}" if group else found[2])

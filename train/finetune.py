@@ -24,6 +24,7 @@ import numpy as np
 import optax
 
 import hadamax as hx
+from hadamax import paths
 from hadamax.checkpoint import Checkpoints
 from train import cli, data, metrics, optim
 from train.config import Config, parse
@@ -105,6 +106,9 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         absolute = dataclasses.replace(config.model, base=str(Path(config.model.base).resolve()))
         config = dataclasses.replace(config, model=absolute)
     run, out = config.run, Path(config.run.out)
+    if out.exists() and not out.is_dir():
+        raise hx.ConfigError(f"run.out: {out} is a file; give a directory")
+    injection_of(config.adapter, None)  # before the model is loaded: an unknown method or option
     train_records, eval_records = data.load(config.data, run.seed)  # first: cheap, and often wrong
     base = load_base(config.model) if base is None else base
 
@@ -129,6 +133,9 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     adapters = {path: t.adapter.config for path, t in injection.targets(base.params).items()} if injection else {}
     if injection is not None:
         print(injection.summary(base.params))
+    if trained := paths.leaves(trainable["base"]):
+        count = sum(leaf.size for leaf in trained.values())
+        print(f"base parameters that train: {', '.join(trained)} ({count:,})")
     optimizer = optim.build(config.optim, optim.learning_rates(trainable, adapters, config.optim), steps)
     train_step, eval_step = make_steps(apply_of(base.model, injection), optimizer, run.grad_accum)
     state = State(trainable, optimizer.init(trainable))
@@ -147,8 +154,9 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         start = checkpoints.latest() or 0
         if start:
             state = resume(checkpoints, start, state, batches, meta, run.resume)
-            print(f"continuing from step {start} of {steps} in {out}")
-        metrics.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+            print(f"continuing from step {start} of {steps} in {out}" if start < steps else f"{out} is finished")
+        if start < steps:  # a finished run stays as it is
+            metrics.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         saved, pending, seconds, trained = start, [], 0.0, 0
         with metrics.Metrics(out, start) as log, Progress(start, steps) as progress:
             if eval_rows is not None and not start:
@@ -212,6 +220,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         "seconds": round(time.time() - started, 1),
         "out": str(out),
     }
+    if start >= steps and (out / "summary.json").is_file():  # nothing ran: the figures are those of the run that did
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     metrics.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     params = hx.join(state.trainable["base"], frozen)
     return Result(summary, base, params, injection, state.trainable["adapters"])
@@ -235,7 +245,7 @@ def resume(
         ("train_base", old["config"]["adapter"]["train_base"], meta["config"]["adapter"]["train_base"]),
     ):
         if here != there:
-            found = f"was made with other {name}: {json.dumps(there)}, now {json.dumps(here)}"
+            found = f"was made with other {name}: {difference(there, here)}"
             raise hx.ConfigError(f"{checkpoints.directory} {found}; give another run.out")
     free = {"out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume"}  # change no parameter
     for section in ("model", "data", "optim", "run"):
@@ -246,6 +256,23 @@ def resume(
     batches.set_state(checkpoints.json(step, "data"))
     trainable = checkpoints.arrays(step, "trainable", state.trainable)
     return State(trainable, checkpoints.arrays(step, "state", state.optimizer))
+
+
+def difference(there: Any, here: Any, where: str = "") -> str:
+    """The first difference of two JSON values.
+
+    Example:
+        >>> difference({"rules": [{"rank": 8}]}, {"rules": [{"rank": 16}]})
+        'rules.0.rank was 8, now 16'
+    """
+    if type(there) is type(here) and isinstance(there, dict | list) and len(there) == len(here):
+        pairs = there.items() if isinstance(there, dict) else enumerate(there)
+        for key, value in pairs:
+            if isinstance(here, dict) and key not in here:
+                break
+            if value != here[key]:
+                return difference(value, here[key], f"{where}.{key}".lstrip("."))
+    return f"{where} was {json.dumps(there)}, now {json.dumps(here)}".lstrip()
 
 
 def check_finite(fetched: Sequence[dict[str, Any]], step: int, saved: int, out: Path) -> None:

@@ -100,6 +100,8 @@ def configure(base_dir, records_file):
             "optim": {"warmup": 0.0},
             "run": {"out": str(out), "steps": 4, "batch_size": 4, "eval_every": 0, "save_every": 0},
         }
+        if "rules" in sections.get("adapter", {}):
+            del values["adapter"]["rank"]
         for name, section in sections.items():
             values[name] = values[name] | section
         return from_dict(values)

@@ -15,13 +15,11 @@ def parsed(*argv):
 
 def test_options_override_the_yaml_file_and_it_the_defaults(tmp_path):
     file = tmp_path / "c.yaml"
-    rules = "{q_proj: {method: hira, rank: 8}}"
-    file.write_text(f"optim: {{lr: 3, clip: 0.5}}\nadapter: {{rules: {rules}, options: {{alpha: 2}}}}\n")
+    file.write_text("optim: {lr: 3, clip: 0.5}\nadapter: {options: {alpha: 2}}\n")
     config = parsed("--config", str(file), "--optim.lr", "1e-4", "--adapter.options.blocks", "4", "--run.steps", "7")
     assert config.optim.lr == 1e-4
     assert config.optim.clip == 0.5
     assert config.optim.weight_decay == 0.0
-    assert config.adapter.rules == {"q_proj": {"method": "hira", "rank": 8}}
     assert config.adapter.options == {"alpha": 2, "blocks": 4}
     assert config.run.steps == 7
 
@@ -92,3 +90,13 @@ def test_help_describes_every_option(capsys):
     text = capsys.readouterr().out
     assert "peak learning rate of the adapters" in text
     assert "rows of an optimiser step" in text
+
+
+def test_a_switch_needs_no_value():
+    config = parsed("--data.packing", "--run.resume", "false")
+    assert config.data.packing and not config.run.resume
+
+
+def test_rules_beside_a_rank_are_refused():
+    with pytest.raises(UsageError, match=r"adapter\.rules: each rule has its own rank"):
+        parsed("--adapter.rules", "{q_proj: {method: hira, rank: 8}}", "--adapter.rank", "4")
