@@ -1,19 +1,28 @@
 # make demo: fine-tune the shipped base with several adapters and print the table (at most 4 minutes on 2 CPU cores).
-# make test: everything that CI runs. Both install into .venv first, once; PYTHON chooses the interpreter.
+# make test: lint, types, doctests, test suite. Both install into .venv first, once; PYTHON chooses the interpreter.
+# make test-flax: Hugging Face's own Flax models, gone from transformers 5, in a second environment. CI runs both tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLAX_VENV := .venv-flax
+FLAX_STAMP := $(FLAX_VENV)/.installed
 # One process per core; the closing line of pytest is the last line of the output.
-PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses 8 -q
+PYTEST_OPTIONS := -n auto --maxprocesses 8 -q
+PYTEST ?= $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint clean
+.PHONY: demo test test-flax lint clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[train,test]'
 	touch $(STAMP)
+
+$(FLAX_STAMP): pyproject.toml
+	test -x $(FLAX_VENV)/bin/python || $(PYTHON) -m venv $(FLAX_VENV)
+	$(FLAX_VENV)/bin/python -m pip install --quiet --editable '.[test-flax]'
+	touch $(FLAX_STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m train.demo
@@ -26,5 +35,8 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST)
 
+test-flax: $(FLAX_STAMP)
+	$(FLAX_VENV)/bin/python -m pytest $(PYTEST_OPTIONS) tests_flax
+
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLAX_VENV) runs build dist .pytest_cache .ruff_cache .hypothesis

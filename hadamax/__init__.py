@@ -3,12 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hadamax import convert
 from hadamax.adapter import Adapter, Linear
 from hadamax.compose import add, chain, scaled
 from hadamax.config import METHODS, adapter_from_config
 from hadamax.errors import (
+    BaseMismatchError,
     CheckpointError,
     ConfigError,
+    ConversionError,
     DataError,
     HadamaxError,
     MergeError,
@@ -20,6 +23,7 @@ from hadamax.freeze import join, split, trainable_mask
 from hadamax.inject import Injection, at, from_config, inject
 from hadamax.lazy import lazily
 from hadamax.methods import abba, boha, dora, gralora, hadamard_adapter, hira, ia3, loha, lora
+from hadamax.native import load_adapters, save_adapters
 from hadamax.weight import LazyWeight
 
 if TYPE_CHECKING:
@@ -33,8 +37,10 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Adapter",
+    "BaseMismatchError",
     "CheckpointError",
     "ConfigError",
+    "ConversionError",
     "DataError",
     "HadamaxError",
     "Injection",
@@ -50,6 +56,7 @@ __all__ = [
     "at",
     "boha",
     "chain",
+    "convert",
     "dora",
     "from_config",
     "gralora",
@@ -59,8 +66,10 @@ __all__ = [
     "inject",
     "join",
     "lazily",
+    "load_adapters",
     "loha",
     "lora",
+    "save_adapters",
     "scaled",
     "split",
     "trainable_mask",

@@ -32,6 +32,14 @@ class CheckpointError(HadamaxError):
     """A file or directory of parameters that is missing, damaged or of another shape."""
 
 
+class BaseMismatchError(HadamaxError):
+    """Adapters that were trained on another base than the one at hand."""
+
+
+class ConversionError(HadamaxError):
+    """An update that has no form in the method asked for."""
+
+
 class DataError(HadamaxError):
     """A data file or record that cannot be used."""
 

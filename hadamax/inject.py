@@ -138,7 +138,8 @@ class Injection(NamedTuple):
     def merge(self, params: Any, adapters: Mapping[str, Factors]) -> Any:
         """New parameters with the updates folded in, each rounded once to its kernel's dtype. Keep `params` to unmerge.
 
-        A shift of a layer without a bias (Hadamard Adapter) adds a `bias` leaf.
+        A shift of a layer without a bias (Hadamard Adapter) adds a `bias` leaf. Our own models use it; another model
+        must be one that asks for biases, as flax passes over a leaf that no module asks for.
 
         Raises:
             MergeError: factors that are not finite (outside `jit`), a method that does not fold.

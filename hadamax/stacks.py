@@ -52,18 +52,23 @@ def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
 
 
-def factor_shapes(leaves: Mapping[str, Any], target: Target) -> dict[Any, tuple[int, ...]]:
-    """The shape of each factor of a target, by its tree keys."""
-    linear = jax.eval_shape(lambda: canonical(leaves, target))
+def factors_like(leaves: Mapping[str, Any], target: Target) -> Any:
+    """The factors of a target as `jax.ShapeDtypeStruct`s, in the dtypes that `init` would give them."""
+    needed = {path: leaves[path] for path in (target.path, target.bias) if path is not None}
+    linear = jax.eval_shape(lambda leaves: canonical(leaves, target), needed)
     axes = linear.kernel.ndim - 2
     batch = linear.kernel.shape[:axes]
     if target.layers is not None:
         batch = (len(target.layers), *batch[1:])
     one = jax.tree.map(lambda leaf: leaf.update(shape=leaf.shape[axes:]), linear)
-    return {keys: (*batch, *shape) for keys, shape in _shapes_of_one(target.adapter, one)}
+    return jax.tree.map(lambda leaf: leaf.update(shape=(*batch, *leaf.shape)), _like_one(target.adapter, one))
+
+
+def factor_shapes(leaves: Mapping[str, Any], target: Target) -> dict[Any, tuple[int, ...]]:
+    """The shape of each factor of a target, by its tree keys."""
+    return {keys: leaf.shape for keys, leaf in jax.tree_util.tree_flatten_with_path(factors_like(leaves, target))[0]}
 
 
 @functools.cache
-def _shapes_of_one(adapter: Adapter, linear: Linear) -> list[tuple[Any, tuple[int, ...]]]:
-    factors = jax.eval_shape(adapter.init, jax.random.key(0), linear)
-    return [(keys, leaf.shape) for keys, leaf in jax.tree_util.tree_flatten_with_path(factors)[0]]
+def _like_one(adapter: Adapter, linear: Linear) -> Any:
+    return jax.eval_shape(adapter.init, jax.random.key(0), linear)

@@ -1,5 +1,7 @@
 """Greedy decoding: token for token what transformers generates, compiled once, stopped early."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ import hadamax as hx
 from hadamax.errors import ConfigError
 from hadamax.generate import generate
 from hadamax.hf import load_pretrained
-from hadamax.hf.decoders import write_llama
+from hadamax.hf.decoders import write
 from hadamax.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 24, 40, 2, 4, 2, 6, initializer_range=0.4)
@@ -22,7 +24,7 @@ FULL = jnp.ones_like(IDS)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama")
-    hf = transformers.LlamaConfig(**write_llama(CONFIG))
+    hf = transformers.LlamaConfig(**write(CONFIG))
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(hf).eval()
     model.save_pretrained(directory)
@@ -63,8 +65,10 @@ def test_rows_end_at_any_end_token_and_are_padded_as_in_transformers(reference):
     assert np.array_equal(found, expected)
 
 
-def test_right_padding_continues_like_left_padding(own):
-    model, params = own
+@pytest.mark.parametrize("window", [None, 4])
+def test_right_padding_continues_like_left_padding(own, window):
+    """Also where the padding lies between a token and what its window reaches."""
+    model, params = Decoder(dataclasses.replace(CONFIG, sliding_window=window)), own[1]
     left, left_mask = jnp.roll(IDS, 2, axis=1), FULL.at[:, :2].set(0)
     right_mask = FULL.at[:, -2:].set(0)
     a, b = (

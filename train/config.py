@@ -238,19 +238,44 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A run's merged model as a Hugging Face directory.
+    """A run's merged model, or its adapters alone, as a directory.
 
     Attributes:
         run: directory of the run.
         out: directory to write, which must not exist or be empty.
-        dtype: type of the written weights; null keeps the base's.
+        merged: write the merged model, a Hugging Face directory; this is done where adapter is null, too.
+        adapter: write the adapters alone: peft, for Hugging Face PEFT; native, hadamax's own format for every method.
+        as_: method to convert the adapters to (the option is --as). ABBA to loha or lora, LoHa to lora, BoHA to hira
+            are exact; any method to lora with rank or energy.
+        rank: largest rank of --as lora; its error is printed.
+        energy: share of each update's squared norm that --as lora keeps, in place of rank.
+        dtype: type of the merged model's weights; null keeps the base's.
+        verify: read the directory back and print the largest difference of logits from the run's.
         base: where the run's base is now, if it has moved.
     """
 
     run: str
     out: str
+    merged: bool = False
+    adapter: Literal["peft", "native"] | None = None
+    as_: Literal["lora", "loha", "hira", "boha"] | None = None
+    rank: int | None = None
+    energy: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    verify: bool = False
     base: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.merged and self.adapter is not None:
+            raise UsageError("give either --merged or --adapter, one for each directory")
+        if self.as_ is not None and self.adapter is None:
+            raise UsageError("--as converts adapters: give --adapter peft or --adapter native with it")
+        if (self.rank is not None or self.energy is not None) and self.as_ != "lora":
+            raise UsageError("--rank and --energy are for --as lora")
+        if self.rank is not None and self.energy is not None:
+            raise UsageError("give --rank or --energy, not both")
+        if self.dtype is not None and self.adapter is not None:
+            raise UsageError("--dtype is for the merged model; adapters are written in float32")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -322,6 +347,6 @@ def _one_line(message: str, cls: type) -> str:
         wanted = [line.removeprefix("- ").removeprefix("Expected a ") for line in lines if "Expected a" in line]
         if given is not None and wanted:
             wanted = [re.sub(r"<class '(\w+)'>", r"\1", w).replace("NoneType", "null") for w in wanted]
-            return f"--{found[1]}: {given!r} is not {' or '.join(wanted)}"
+            return f"--{found[1].rstrip('_')}: {given!r} is not {' or '.join(wanted)}"
         return f"--{found[1]}: " + " ".join(lines).replace("typing.Literal", "")
     return " ".join(message.split())

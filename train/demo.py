@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from train import cli, data, evaluate, export, metrics, tasks
+from train import cli, data, evaluate, export, merging, metrics, tasks
 from train.config import AdapterConfig, Config, DataConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig
 from train.finetune import Result, finetune
 from train.run import Base, load_base, load_run
@@ -107,17 +107,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = results[name] = train_one(name, base, train, test)
         seconds = time.perf_counter() - began
         run = load_run(OUT / name)  # what was saved, not what is in memory
-        merged, _, lost = export.merge(run, jnp.float32)
         rows.append(
             {
                 "method": name,
                 "parameters": result.summary["trainable_parameters"],
                 "share": result.summary["trainable_share"],
                 "accuracy_before": before,
-                "accuracy_after": accuracy(merged),
+                "accuracy_after": accuracy(merging.merge(run, jnp.float32)),
                 "seconds": round(seconds, 1),
-                "merge_loss_float32": lost,
-                "merge_loss_bfloat16": export.merge(run, jnp.bfloat16)[2],
+                "merge_loss_float32": merging.merge_loss(run, jnp.float32)[1],
+                "merge_loss_bfloat16": merging.merge_loss(run, jnp.bfloat16)[1],
             }
         )
     metrics.write_text(OUT / "table.json", json.dumps(rows, indent=2) + "\n")
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     best = max(rows, key=lambda row: row["accuracy_after"])["method"]
     exported = OUT / "exported"
-    export.export(ExportConfig(str(OUT / best), str(exported), "float32"))
+    export.export_merged(ExportConfig(str(OUT / best), str(exported), dtype="float32"), load_run(OUT / best))
     prompts = [example.ids for example in data.encode(unseen[:8], base.tokenizer, DataConfig(str(test))).examples]
     difference = largest_difference(results[best], exported, prompts)
 

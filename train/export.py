@@ -1,8 +1,11 @@
-"""Writes a run's merged model as a Hugging Face directory, and says what rounding the weights lost.
+"""Writes a run's merged model, or its adapters alone, as a directory that others load.
 
-    python -m train.export --run runs/gsm8k --out exported/ --dtype float32
+    python -m train.export --run runs/gsm8k --out exported/ --dtype float32 --verify
+    python -m train.export --run runs/gsm8k --out adapter/ --adapter peft --as lora --rank 64
+    python -m train.export --run runs/gsm8k --out adapter/ --adapter native
 
-The directory has the tokenizer's files too: transformers loads it as it is.
+The merged directory has the tokenizer's files too: transformers loads it as it is. What rounding the merged weights
+loses is reported for each matrix, and so is what a conversion to LoRA loses.
 """
 
 import tempfile
@@ -12,92 +15,115 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import hadamax as hx
-from hadamax import hf, paths
+from hadamax import hf
 from train import cli
 from train.config import ExportConfig, parse
+from train.merging import bound, merge_loss
 from train.run import Run, load_run
 
+CONVERSIONS = {"loha": hx.convert.to_loha, "hira": hx.convert.to_hira, "boha": hx.convert.to_boha}
 
-def merge(run: Run, dtype: Any = None) -> tuple[Any, dict[str, float], float]:
-    """The merged parameters, rounded once from float32, and what the rounding lost of the updates.
 
-    Args:
-        run: a run as `train.run.load_run` gives it.
-        dtype: of the result; None keeps each base leaf's.
-
-    Returns:
-        `params`, the loss `||round(W) - W|| / ||W - W0||` of each changed leaf (Frobenius norms, W merged in float32),
-        and the same ratio over all of them together. An update that is zero loses nothing.
+def export_merged(config: ExportConfig, run: Run) -> tuple[dict[str, float], float]:
+    """Writes the merged model and returns the merge loss of each matrix and of all.
 
     Raises:
-        MergeError: factors that are not finite, a method that does not fold.
+        HadamaxError: a method that does not fold, a target that is not empty, a disk that refuses.
     """
-    base = run.base.params
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
-    merged = hx.join(run.trainable["base"], wide)
-    if run.injection is not None:
-        merged = run.injection.merge(merged, run.trainable["adapters"])
-    kinds = {path: leaf.dtype for path, leaf in paths.leaves(base).items()}
-    default = paths.leaves(base)["embed_tokens/embedding"].dtype
-
-    def rounded(path: str, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype or kinds.get(path, default))
-
-    params = paths.map_leaves(rounded, merged)
-    changed = set(run.trainable["adapters"]) | set(paths.leaves(run.trainable["base"]))
-    before, after, final = (paths.leaves(tree) for tree in (wide, merged, params))
-    lost = {path: _square(final[path].astype(jnp.float32) - after[path]) for path in after if path in changed}
-    update = {path: _square(after[path] - before[path]) for path in lost}
-    each = {path: _ratio(lost[path], update[path]) for path in lost}
-    return params, each, _ratio(sum(lost.values()), sum(update.values()))
-
-
-def _square(difference: jax.Array) -> float:
-    return float(jnp.sum(jnp.square(difference)))
-
-
-def _ratio(lost: float, update: float) -> float:
-    return (lost / update) ** 0.5 if update else 0.0
-
-
-def export(config: ExportConfig) -> tuple[dict[str, float], float]:
-    """Writes the directory and returns the merge loss of each matrix and of all.
-
-    Raises:
-        HadamaxError: a run or base that cannot be used, a target that is not empty, a disk that refuses.
-    """
-    run = load_run(config.run, config.base)
-    params, losses, total = merge(run, config.dtype)
-    base, source = run.base, config.base or run.config.model.base
+    losses, total = merge_loss(run, config.dtype)
+    source = config.base or run.config.model.base
     with tempfile.TemporaryDirectory() as folder:
         if not Path(source).is_dir():  # a base on the hub has no folder to copy the tokenizer from
-            base.tokenizer.save_pretrained(folder)
+            run.base.tokenizer.save_pretrained(folder)
             source = folder
-        hf.save_pretrained(config.out, base.model, params, base.config, dtype=config.dtype, tokenizer_from=source)
+        params = bound(run, config.dtype)
+        hf.save_pretrained(config.out, run.base.model, params, run.base.config, tokenizer_from=source)
     return losses, total
 
 
-def report(losses: Mapping[str, float], total: float) -> None:
-    """Prints the table."""
-    table = Table("matrix", "merge loss", title="share of the update lost by rounding", title_justify="left")
-    for path, loss in losses.items():
-        table.add_row(path, f"{loss:.3%}")
-    table.add_row("all", f"{total:.3%}")
+def export_adapter(config: ExportConfig, run: Run) -> dict[str, float]:
+    """Writes the adapters and returns the largest relative error that converting made in each kernel.
+
+    Raises:
+        HadamaxError: no adapters, a method that the format or `as_` has no form for, a target that is not empty.
+    """
+    injection, adapters, base = run.injection, run.trainable["adapters"], run.trainable["base"]
+    if injection is None:
+        raise hx.ConfigError(f"{config.run} has no adapters, only trained base parameters; export it --merged")
+    errors: dict[str, float] = {}
+    if config.as_ is not None:
+        if config.as_ == "lora":
+            options = {"rank": config.rank, "energy": config.energy}
+            converted = hx.convert.to_lora(injection, adapters, run.base.params, **options)
+        else:
+            converted = CONVERSIONS[config.as_](injection, adapters, run.base.params)
+        injection, adapters = converted.injection, converted.adapters
+        errors = {path: float(np.max(error)) for path, error in converted.errors.items()}
+        for path, reason in converted.kept.items():
+            print(f"note: {path} keeps its method: {reason}")
+    name = config.base or run.config.model.base
+    if config.adapter == "peft":
+        hf.save_adapter(config.out, run.base.model, injection, adapters, base=base, base_model_name_or_path=name)
+    else:
+        hx.save_adapters(config.out, injection, adapters, run.base.params, base=base)
+    return errors
+
+
+def largest_difference(config: ExportConfig, run: Run) -> tuple[float, float]:
+    """Between the logits of the run and of what was written and is read back; and the largest logit.
+
+    Both compute in float32, so that the difference is what merging, rounding and converting made.
+    """
+    model = run.base.model.clone(dtype=jnp.float32)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, run.base.config.vocab_size, (2, 32)))
+
+    def logits(model: Any, injection: hx.Injection | None, adapters: Any, base: Any, params: Any) -> jax.Array:
+        params = hx.join(base, params)
+        if injection is None or not injection.rules:
+            return jax.jit(model.apply)(params, ids)
+        return jax.jit(injection.apply(model.apply))(params, adapters, ids)
+
+    params, trained = run.base.params, run.trainable
+    ours = logits(model, run.injection, trained["adapters"], trained["base"], params)
+    if config.adapter is None:
+        written, merged, _ = hf.load_pretrained(config.out)
+        nothing = jax.tree.map(lambda _: None, merged)
+        theirs = logits(written.clone(dtype=jnp.float32), None, None, nothing, merged)
+    elif config.adapter == "peft":
+        theirs = logits(model, *hf.load_adapter(config.out, model, params), params)
+    else:
+        theirs = logits(model, *hx.load_adapters(config.out, params), params)
+    return float(jnp.max(jnp.abs(ours - theirs))), float(jnp.max(jnp.abs(ours)))
+
+
+def report(title: str, column: str, values: Mapping[str, float]) -> None:
+    """Prints a table of shares."""
+    table = Table("matrix", column, title=title, title_justify="left")
+    for path, value in values.items():
+        table.add_row(path, f"{value:.3%}")
     Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.export --help`."""
     config = parse(ExportConfig, argv, "train.export")
-    losses, total = export(config)
-    report(losses, total)
+    run = load_run(config.run, config.base)
+    if config.adapter is None:
+        losses, total = export_merged(config, run)
+        report("share of the update lost by rounding", "merge loss", {**losses, "all": total})
+        if total > 0.05 and config.dtype != "float32":
+            print(f"{total:.0%} of the update is lost in this dtype; --dtype float32 keeps it")
+    elif errors := export_adapter(config, run):
+        report(f"share of the update lost by --as {config.as_}", "largest error", errors)
     print(f"written: {config.out}")
-    if total > 0.05 and config.dtype != "float32":
-        print(f"{total:.0%} of the update is lost in this dtype; --dtype float32 keeps it")
+    if config.verify:
+        difference, largest = largest_difference(config, run)
+        print(f"verified: logits differ from the run's by at most {difference:.1e} (the largest is {largest:.1f})")
 
 
 if __name__ == "__main__":

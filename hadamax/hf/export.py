@@ -1,23 +1,22 @@
-"""A model and its parameters as a Hugging Face checkpoint directory."""
+"""A model and its parameters as a Hugging Face checkpoint directory, tensor by tensor."""
 
 import dataclasses
+import functools
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from hadamax.errors import CheckpointError, ConfigError
+from hadamax.files import new_directory
 from hadamax.hf import families
-from hadamax.hf.load import flat, float_dtype
+from hadamax.hf.load import float_dtype, main_dtype
+from hadamax.hf.parameters import Parameter, of_array, parameters
+from hadamax.hf.tensor_files import INDEX, NAMES, SINGLE, Piece, write_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,11 +45,13 @@ def save_pretrained(
 ) -> families.Config:
     """Writes a directory that `transformers` (4 and 5) loads.
 
-    The directory appears whole or not at all: it is written beside its place and renamed. Biases that merging an
-    adapter added are kept: `attention_bias` or `mlp_bias` is set, and the projections that have none get zeros.
+    The directory appears whole or not at all: it is written beside its place and renamed. Beside the parameters, the
+    host holds one tensor at a time. Biases that merging an adapter adds are kept: the config's flag is set, and
+    the projections that have none get zeros.
 
     Args:
-        params: `{"params": ...}` as `model.apply` takes them; merged, not lazy.
+        params: `{"params": ...}` as `model.apply` takes them, or as `Injection.bind` returns them: adapted kernels are
+            then merged one matrix at a time, in at least float32, and rounded once to the dtype that is written.
         max_shard_size: bytes, or a string such as "5GB"; larger models are written as shards with an index.
         dtype: of the written tensors; as they are where None.
         tokenizer_from: directory whose tokenizer files (and `generation_config.json`) are copied.
@@ -60,73 +61,43 @@ def save_pretrained(
 
     Raises:
         CheckpointError: the target exists and is not empty, parameters that do not fit the config, a disk that refuses.
-        ConfigError: a shard size that cannot be read.
-        MergeError: a bias where the family has no place for one.
+        ConfigError: a shard size that cannot be read, a dtype that cannot be written.
+        MergeError: factors that are not finite, a method that does not fold, a bias where the family has no place for
+            one.
     """
-    target = Path(directory)
     limit = _bytes(max_shard_size)
     dtype = None if dtype is None else float_dtype(dtype)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not empty; choose another directory or remove it first")
     tokenizer = None if tokenizer_from is None else Path(tokenizer_from)
     if tokenizer is not None and not tokenizer.is_dir():
         raise CheckpointError(f"no tokenizer directory at {tokenizer}")
-    leaves, config = _complete(flat(params.get("params", params)), model, config)
-    written = leaves["embed_tokens/embedding"].dtype if dtype is None else dtype
-    config = dataclasses.replace(config, dtype=np.dtype(written).name)
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
-        temporary.mkdir()
+    with new_directory(directory) as temporary:
+        leaves, config = _complete(parameters(params), model, config)
+        written = main_dtype(leaves) if dtype is None else dtype
+        config = dataclasses.replace(config, dtype=np.dtype(written).name)
         _write_weights(temporary, _pieces(leaves, model, dtype), limit)
-        (temporary / "config.json").write_text(
-            json.dumps(families.write_config(config, model.task), indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(families.write_config(config, model.task), indent=2) + "\n"
+        (temporary / "config.json").write_text(text, encoding="utf-8")
         if tokenizer is not None:
             for file in (tokenizer / name for name in TOKENIZER_FILES):
                 if file.is_file():
                     shutil.copyfile(file, temporary / file.name)
-        for file in temporary.iterdir():  # safetensors writes files that only their owner may read
-            shutil.copymode(temporary / "config.json", file)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {' '.join(str(error).split())}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already where the rename succeeded
     return config
 
 
-class _Piece(NamedTuple):
-    """A tensor still to be written: its name, its place in a leaf, its size on disk."""
-
-    name: str
-    leaf: Any
-    layer: int | None
-    transposed: bool
-    dtype: np.dtype
-    nbytes: int
-
-    def read(self) -> np.ndarray:
-        leaf = self.leaf
-        if self.layer is not None:  # on the device, with a traced index: one small program per shape
-            leaf = jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False)
-        value = np.asarray(leaf)
-        return np.ascontiguousarray((value.T if self.transposed else value).astype(self.dtype, copy=False))
-
-
 def _complete(
-    leaves: dict[str, Any], model: families.Model, config: families.Config
-) -> tuple[dict[str, Any], families.Config]:
+    leaves: dict[str, Parameter], model: families.Model, config: families.Config
+) -> tuple[dict[str, Parameter], families.Config]:
     """Adds the zero biases that the family's flags ask for, and checks every shape against the config."""
     expected = families.expected_leaves(model.clone(config=config))
     added = [path for path in leaves if path.endswith("/bias") and path not in expected]
-    config = families.family_of(config.model_type).admit(config, added)
-    leaves, expected = dict(leaves), families.expected_leaves(model.clone(config=config))
+    admitted = families.family_of(config.model_type).admit(config, added)
+    if admitted != config:
+        config, expected = admitted, families.expected_leaves(model.clone(config=admitted))
+    leaves = dict(leaves)
     for path, leaf in expected.items():
         if path.endswith("/bias") and path not in leaves and path[:-4] + "kernel" in leaves:
-            leaves[path] = np.zeros(leaf.shape, leaves[path[:-4] + "kernel"].dtype)
+            zeros = np.zeros(leaf.shape, leaves[path[:-4] + "kernel"].dtype)
+            leaves[path] = of_array(zeros)
         if path not in leaves:
             raise CheckpointError(f"the parameters lack {path!r} of shape {leaf.shape}")
         if leaves[path].shape != leaf.shape:
@@ -137,17 +108,22 @@ def _complete(
     return leaves, config
 
 
-def _pieces(leaves: Mapping[str, Any], model: families.Model, dtype: np.dtype | None) -> list[_Piece]:
+def _pieces(leaves: Mapping[str, Parameter], model: families.Model, dtype: np.dtype | None) -> list[Piece]:
     pieces = []
     for path, tensors in families.tensors(model, leaves).items():
         leaf = leaves[path]
         kind = np.dtype(leaf.dtype if dtype is None else dtype)
-        size = leaf.size // len(tensors) * kind.itemsize
-        pieces += [_Piece(t.name, leaf, t.layer, t.transposed, kind, size) for t in tensors]
+        if kind not in NAMES:
+            raise ConfigError(
+                f"{path}: dtype {kind.name} cannot be written; give dtype=, one of {', '.join(map(str, NAMES))}"
+            )
+        for t in tensors:
+            value = functools.partial(leaf.matrix, t.layer, t.transposed, kind)
+            pieces.append(Piece(t.name, t.shape(leaf.shape), kind, lambda value=value: np.asarray(value())))
     return sorted(pieces, key=lambda piece: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", piece.name)])
 
 
-def _shards(pieces: list[_Piece], limit: int) -> Iterator[list[_Piece]]:
+def _shards(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:
     shard, size = [], 0
     for piece in pieces:
         if shard and size + piece.nbytes > limit:
@@ -158,10 +134,10 @@ def _shards(pieces: list[_Piece], limit: int) -> Iterator[list[_Piece]]:
     yield shard
 
 
-def _write_weights(directory: Path, pieces: list[_Piece], limit: int) -> None:
+def _write_weights(directory: Path, pieces: list[Piece], limit: int) -> None:
     shards = list(_shards(pieces, limit))
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     else:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         index = {
@@ -169,9 +145,9 @@ def _write_weights(directory: Path, pieces: list[_Piece], limit: int) -> None:
             "weight_map": {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (directory / INDEX).write_text(text, encoding="utf-8")
     for name, shard in zip(names, shards, strict=True):
-        save_file({piece.name: piece.read() for piece in shard}, directory / name, metadata={"format": "pt"})
+        write_tensors(directory / name, shard)
 
 
 def _bytes(size: int | str) -> int:

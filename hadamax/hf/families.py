@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from hadamax.errors import ConfigError, nearest
-from hadamax.hf import decoders
-from hadamax.hf.names import Tensor, tensors_of
-from hadamax.models import Decoder
+from hadamax.hf import decoders, encoders
+from hadamax.hf.names import Tensor, is_ignorable, tensors_of
+from hadamax.models import Decoder, Encoder
 
 Config = Any  # DecoderConfig or EncoderConfig: frozen, with model_type, num_hidden_layers and dtype
 Model = Any  # Decoder or Encoder: config, task, scan_layers, view
@@ -29,6 +29,12 @@ class Family(NamedTuple):
         prefix: what stands before the names of all tensors but the heads' (`"model"`), where there is a head.
         bare: tasks without a head, whose checkpoints have no prefix.
         heads: first components of the parameter paths that stay outside the prefix.
+        rename: a tensor's name in a file, old or new, with or without the prefix -> the one name for all of them. Files
+            and models meet there: `rename(name in the file) == rename(name of `tensors`)`.
+        ignorable: (renamed name, config) -> whether a model that has no place for the tensor may leave it: a buffer, a
+            repeated tied weight, a head of another task.
+        fresh: task -> first components of the parameter paths that a file may lack; they are a new head.
+        absent: what transformers takes for a key that `config.json` lacks, before `read`; null is not absent.
     """
 
     read: Callable[[Mapping[str, Any]], Config]
@@ -39,21 +45,64 @@ class Family(NamedTuple):
     prefix: str
     bare: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("lm_head",)
+    rename: Callable[[str], str] = lambda name: name
+    ignorable: Callable[[str, Config], bool] = lambda name, config: is_ignorable(name, config.tie_word_embeddings)
+    fresh: Callable[[str], tuple[str, ...]] = lambda task: ()
+    absent: Mapping[str, Any] = {}
 
 
-def _decoder(config: Config, *, task: str, **options: Any) -> Decoder:
-    return Decoder(config, **options)
+def _causal(name: str) -> Family:
+    """`name` begins the classes of transformers."""
+    return Family(
+        decoders.read,
+        decoders.write,
+        decoders.admit,
+        lambda config, *, task, **options: Decoder(config, **options),
+        {"causal_lm": f"{name}ForCausalLM"},
+        prefix="model",
+        absent=decoders.DIALECTS[name.lower()].absent,
+    )
+
+
+def _encoder(name: str, head: str, sentence_head: tuple[str, ...]) -> Family:
+    """`name` begins the classes of transformers; `head` and `sentence_head` are modules of the masked-LM and the
+    sequence-classification head."""
+    bare = ("hidden", "pooled", "sentence_embedding")
+    fresh = {
+        "pooled": ("pooler",),
+        "masked_lm": (head,),
+        "token_classification": ("classifier",),
+        "sequence_classification": sentence_head,
+    }
+    return Family(
+        encoders.read_encoder,
+        encoders.write_encoder,
+        encoders.admit_encoder,
+        Encoder,
+        {
+            **dict.fromkeys(bare, f"{name}Model"),
+            "masked_lm": f"{name}ForMaskedLM",
+            "token_classification": f"{name}ForTokenClassification",
+            "sequence_classification": f"{name}ForSequenceClassification",
+        },
+        prefix=name.lower(),
+        bare=bare,
+        heads=(head, "classifier"),
+        rename=encoders.renamed(name.lower()),
+        ignorable=encoders.is_ignorable,
+        fresh=lambda task: fresh.get(task, ()),
+        absent=encoders.ABSENT[name.lower()],
+    )
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        decoders.read_llama,
-        decoders.write_llama,
-        decoders.admit_llama,
-        _decoder,
-        {"causal_lm": "LlamaForCausalLM"},
-        prefix="model",
-    ),
+    "llama": _causal("Llama"),
+    "mistral": _causal("Mistral"),
+    "qwen2": _causal("Qwen2"),
+    "qwen3": _causal("Qwen3"),
+    "gemma2": _causal("Gemma2"),
+    "bert": _encoder("Bert", "cls", ("classifier", "pooler")),
+    "roberta": _encoder("Roberta", "lm_head", ("classifier",)),
 }
 
 
@@ -63,7 +112,7 @@ def family_of(model_type: str) -> Family:
     Raises:
         ConfigError: one that is not implemented, with the nearest names.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {model_type!r} is not implemented; implemented: {', '.join(FAMILIES)}"
             + nearest(str(model_type), FAMILIES)
@@ -88,12 +137,15 @@ def read_config(config: Mapping[str, Any], task: str | None = None) -> tuple[Con
         >>> read_config(write_config(config, task)) == (config, task)
         True
     """
-    config = {name: value for name, value in config.items() if value is not None}
-    family = family_of(config.get("model_type", "llama"))  # first: another family's missing keys would mislead
+    given = {name: value for name, value in config.items() if value is not None}
+    family = family_of(given.get("model_type", "llama"))  # first: another family's missing keys would mislead
+    config = given | {name: value for name, value in family.absent.items() if name not in config}
     if "quantization_config" in config:
         raise ConfigError("quantization_config: quantised checkpoints are not implemented; load the plain weights")
     if task is None:
         named = config.get("architectures") or [next(iter(family.architectures.values()))]
+        if not isinstance(named, list):
+            raise ConfigError(f"architectures must be a list of names, found {named!r}")
         tasks = [task for task, architecture in family.architectures.items() if architecture in named]
         if not tasks:
             raise ConfigError(

@@ -1,54 +1,77 @@
 """A Hugging Face checkpoint directory as a model and its parameters."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path, PurePath
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hadamax.errors import CheckpointError, ConfigError, nearest
-from hadamax.hf import families
+from hadamax.files import read_json
+from hadamax.hf import families, hub
 from hadamax.hf.names import Tensor, is_ignorable
+from hadamax.hf.tensor_files import DTYPES, Stored, inside, stored_tensors
+from hadamax.sharding import param_shardings
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_LOG = logging.getLogger("hadamax")
+_PART = 2**24  # bytes of a tensor that are read at a time; JAX keeps the last ones until its next call
+# the config's sizes that become a dimension of a parameter
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SIZES += ("type_vocab_size", "num_labels")
 
 
 def load_pretrained(
-    source: str | Path, *, dtype: Any = None, task: str | None = None, scan_layers: bool = True
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    task: str | None = None,
+    scan_layers: bool = True,
 ) -> tuple[families.Model, dict[str, Any], families.Config]:
     """Loads a model from a directory, or by hub id where no such directory exists.
 
     Reads `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names, tensor by
-    tensor. Linear weights become kernels `[in, out]`; layers are stacked unless `scan_layers=False`.
+    tensor: beside the parameters, the host holds at most one tensor at a time. Linear weights become kernels
+    `[in, out]`; layers are stacked unless `scan_layers=False`.
 
     Args:
         dtype: of the parameters and activations; as in the file where None.
-        task: which head: `"causal_lm"`; what `architectures` in the file names where None.
+        mesh: puts each parameter where `hadamax.sharding.param_shardings` says; each process reads only the parts that
+            its devices hold. On the default device where None.
+        task: which head: `"causal_lm"`; what `architectures` in the file names where None. A head that the file lacks
+            is initialised from a fixed key, and a warning of the logger `hadamax` says so; another names the tensors of
+            heads that the task does not use.
 
     Returns:
-        `(model, params, config)` with `model.apply(params, input_ids)` giving logits.
+        `(model, params, config)` with `model.apply(params, input_ids)` giving the task's output, logits for
+        `"causal_lm"`.
 
     Raises:
         CheckpointError: a file that is missing or damaged, a tensor that is missing, unexpected or of another shape.
-        ConfigError: an architecture, or a feature of one, that is not implemented.
+        ConfigError: an architecture, or a feature of one, that is not implemented; an unknown mesh axis.
     """
     dtype = None if dtype is None else float_dtype(dtype)
-    directory = _directory(source)
-    config, task = families.read_config(read_json(directory / "config.json"), task)
-    files = _TensorFiles(directory)
-    model = families.build(config, task=task, scan_layers=scan_layers)
-    leaves, plan = families.expected_leaves(model), families.tensors(model)
-    # names and shapes are checked from the headers, before anything is read
-    files.check({t.name: t.shape(leaves[path].shape) for path, tensors in plan.items() for t in tensors}, config)
-    params = {path: _read_leaf(files, leaves[path].shape, tensors, dtype) for path, tensors in plan.items()}
-    dtype = params["embed_tokens/embedding"].dtype if dtype is None else dtype
+    directory = hub.directory_of(source)
+    config, task = families.read_config(read_json(inside(directory, "config.json")), task)
+    stored = stored_tensors(directory)
+    _check_sizes(config, stored)
+    leaves, found = match(families.build(config, task=task, scan_layers=scan_layers), stored, directory)
+    shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
+    params = {path: _read_leaf(leaves[path].shape, tensors, dtype, shardings[path]) for path, tensors in found.items()}
+    dtype = main_dtype(params) if dtype is None else dtype
     model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers)
-    return model, {"params": unflatten_dict(params, sep="/")}, config
+    if fresh := [path for path in leaves if path not in params]:
+        _LOG.warning("%s has no %s: newly initialised, to be trained", directory, ", ".join(fresh))
+        params |= _fresh(model, {path: shardings[path] for path in fresh})
+    return model, {"params": unflatten_dict({path: params[path] for path in leaves}, sep="/")}, config
 
 
 def float_dtype(dtype: Any) -> np.dtype:
@@ -67,133 +90,150 @@ def flat(params: Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(params, sep="/")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `CheckpointError` with the line number where it is none."""
+def main_dtype(leaves: Mapping[str, Any]) -> np.dtype:
+    """The dtype that most parameters have."""
+    sizes = Counter[np.dtype]()
+    for leaf in leaves.values():
+        sizes[np.dtype(leaf.dtype)] += math.prod(leaf.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def match(
+    model: families.Model, stored: Mapping[str, Stored], directory: Path
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, list[tuple[Tensor, Stored]]]]:
+    """The parameters that a model asks for, and where the files have them, from the headers alone.
+
+    Returns:
+        All parameters by path; the tensors of each but a new head's.
+
+    Raises:
+        CheckpointError: two tensors for one place; one that is missing, has no place, or has another shape or dtype.
+        ConfigError: numbers that no model can be built from.
+    """
+    config, family = model.config, families.family_of(model.config.model_type)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: line {error.lineno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: byte {error.start}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _directory(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the weights")
-    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:  # no hub id looks so
-        raise CheckpointError(f"no directory at {source}")
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except Exception as error:  # the hub client raises dozens of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with np.errstate(over="raise"):
+            leaves = families.expected_leaves(model)
+    except (OverflowError, FloatingPointError) as error:
+        raise ConfigError(f"config.json of {directory} holds a number that is out of float32's range") from error
+    plan = families.tensors(model, leaves)
+    names: dict[str, str] = {}
+    for name in stored:
+        if (known := family.rename(name)) in names:
+            raise CheckpointError(f"{directory} has {names[known]!r} and {name!r}, which are one tensor; remove one")
+        names[known] = name
+    held: dict[str, list[tuple[Tensor, Stored]]] = {}
+    missing = []
+    present = {path.split("/")[0] for path, ts in plan.items() if any(family.rename(t.name) in names for t in ts)}
+    new = {*family.fresh(model.task)} - present
+    for path, tensors in plan.items():
+        absent = [tensor for tensor in tensors if family.rename(tensor.name) not in names]
+        if path.split("/")[0] not in new:
+            missing += [(tensor.name, tensor.shape(leaves[path].shape)) for tensor in absent]
+            held[path] = [(t, stored[names[family.rename(t.name)]]) for t in tensors if t not in absent]
+    if missing:
+        name, shape = missing[0]
+        total = sum(map(len, plan.values()))
+        near = nearest(name, stored.keys() - {t.name for tensors in plan.values() for t in tensors}, n=1)
         raise CheckpointError(
-            f"{str(source)!r} is not a directory here and could not be fetched from the hub: {reason}"
-        ) from error
-
-
-class _TensorFiles:
-    """The tensors of a checkpoint by name, whichever file holds them."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        self.handles = {}
-        if (directory / "model.safetensors").is_file():
-            handle = self._open("model.safetensors")
-            self.files = dict.fromkeys(handle.keys(), "model.safetensors")
-        elif index.is_file():
-            self.files = _read_index(index)
-            for file in sorted(set(self.files.values())):
-                held = set(self._open(file).keys())
-                absent = sorted(name for name, f in self.files.items() if f == file and name not in held)
-                if absent:
-                    raise CheckpointError(
-                        f"{directory / file} lacks tensor {absent[0]!r}, which {index.name} puts there"
-                    )
-        else:
-            found = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".safetensors", ".gguf"))
+            f"{directory} lacks {len(missing)} of {total} tensors, first {name!r} of shape {shape}{near}"
+        )
+    expected = {
+        names[family.rename(t.name)]: t.shape(leaves[path].shape) for path, tensors in held.items() for t, _ in tensors
+    }
+    unused = []
+    for name, tensor in stored.items():
+        where = f"tensor {name!r} in {tensor.path}"
+        if name not in expected:
+            if not family.ignorable(family.rename(name), config):
+                raise CheckpointError(f"{where}: not in the architecture of config.json, found shape {tensor.shape}")
+            unused += [name]
+        elif tensor.shape != expected[name]:
+            raise CheckpointError(f"{where}: expected shape {expected[name]}, found {tensor.shape}")
+        elif tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{directory} holds neither model.safetensors nor model.safetensors.index.json"
-                + (f"; found {', '.join(found)}: convert with transformers' save_pretrained" if found else "")
+                f"{where}: dtype {tensor.dtype!r} is not implemented; implemented: {', '.join(DTYPES)}"
             )
-
-    def _open(self, file: str):
-        path = self.directory / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though the index names it")
-        try:
-            self.handles[file] = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or incomplete: {_line(error)}") from error
-        return self.handles[file]
-
-    def check(self, expected: Mapping[str, tuple[int, ...]], config: families.Config) -> None:
-        """Compares names, shapes and dtypes with the expected ones."""
-        missing = [name for name in expected if name not in self.files]
-        if missing:
-            raise CheckpointError(
-                f"{self.directory} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r} of shape "
-                f"{expected[missing[0]]}{nearest(missing[0], self.files.keys() - expected.keys(), n=1)}"
+    if unused := [name for name in unused if not is_ignorable(name, tied=True)]:
+        first = ", ".join(map(repr, unused[:3])) + ", ..." * (len(unused) > 3)
+        _LOG.warning("%s: %d tensors are not used for %s: %s", directory, len(unused), model.task, first)
+    size = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for path in leaves.keys() - held.keys():
+        if math.prod(leaves[path].shape) > size:
+            raise ConfigError(
+                f"{path}: config.json asks for a new head of shape {leaves[path].shape}, larger than the file"
             )
-        for name, file in self.files.items():
-            if name not in expected and is_ignorable(name, config.tie_word_embeddings):
-                continue
-            found, dtype = tuple(self._header(name).get_shape()), self._header(name).get_dtype()
-            where = f"tensor {name!r} in {self.directory / file}"
-            if name not in expected:
-                raise CheckpointError(f"{where}: not in the architecture of config.json, found shape {found}")
-            if found != expected[name]:
-                raise CheckpointError(f"{where}: expected shape {expected[name]}, found {found}")
-            if dtype not in DTYPES:
-                raise CheckpointError(f"{where}: dtype {dtype} is not implemented; implemented: {', '.join(DTYPES)}")
-
-    def dtype(self, tensor: Tensor) -> np.dtype:
-        return np.dtype(DTYPES[self._header(tensor.name).get_dtype()])
-
-    def read(self, tensor: Tensor) -> np.ndarray:
-        """The tensor in our orientation, `[in, out]` for a kernel."""
-        try:
-            value = self.handles[self.files[tensor.name]].get_tensor(tensor.name)
-        except (SafetensorError, OSError) as error:
-            path = self.directory / self.files[tensor.name]
-            raise CheckpointError(f"cannot read tensor {tensor.name!r} from {path}: {_line(error)}") from error
-        return value.T if tensor.transposed else value
-
-    def _header(self, name: str):
-        return self.handles[self.files[name]].get_slice(name)
+    return leaves, held
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _check_sizes(config: families.Config, stored: Mapping[str, Stored]) -> None:
+    """Refuses sizes that the files cannot have, before a model is built from them, with work that grows with them."""
+    largest = max((math.prod(tensor.shape) for tensor in stored.values()), default=0)
+    limits = {"num_hidden_layers": len(stored)} | dict.fromkeys(_SIZES, largest)
+    for name, limit in limits.items():
+        if (size := getattr(config, name, 0)) > limit:
+            what = "tensors" if name == "num_hidden_layers" else "numbers in the largest tensor"
+            raise CheckpointError(f"config.json says {name} {size}, but the files have only {limit} {what}")
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map of tensor names to files")
-    for name, file in weight_map.items():
-        # the text is judged, not the resolved path: the hub's cache links its files to elsewhere
-        if not isinstance(file, str) or not file or PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise CheckpointError(f"{path} puts tensor {name!r} into {file!r}, which is no file inside the directory")
-    return weight_map
-
-
-def _read_leaf(files: _TensorFiles, shape: tuple[int, ...], tensors: list[Tensor], dtype: Any) -> jax.Array:
+def _read_leaf(
+    shape: tuple[int, ...],
+    tensors: Sequence[tuple[Tensor, Stored]],
+    dtype: np.dtype | None,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    """One parameter, its tensors turned, cast and put in their places on the device, one after the other."""
     if dtype is None:
-        dtype = jnp.result_type(*(files.dtype(tensor) for tensor in tensors))
-    if tensors[0].layer is None:
-        return jnp.asarray(files.read(tensors[0]).astype(dtype))
-    stacked = np.empty(shape, dtype)
-    for tensor in tensors:
-        stacked[tensor.layer] = files.read(tensor)
-    return jnp.asarray(stacked)
+        dtype = jnp.result_type(*(DTYPES[stored.dtype] for _, stored in tensors))
+    first, stored = tensors[0]
+    part = None if sharding is None else _sharding_in_file(sharding, first, len(stored.shape))
+    if first.layer is None and not first.transposed and DTYPES[stored.dtype] == dtype:
+        return _put(stored, part)
+    leaf = jnp.zeros(shape, dtype, device=sharding)
+    for tensor, stored in tensors:
+        parts = 1 if sharding is not None else math.ceil(stored.nbytes / _PART) or 1
+        rows = math.ceil(stored.shape[0] / parts)
+        for row in range(0, stored.shape[0], rows):
+            # no name for the piece, and a wait: it is done with before the next is read
+            leaf = _filled(
+                leaf, _put(stored, part, slice(row, row + rows)), tensor.layer, row, transposed=tensor.transposed
+            ).block_until_ready()
+    return leaf
+
+
+def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(None)) -> jax.Array:
+    """The tensor on its devices, or some rows of it on the default device."""
+
+    def read(index: Any) -> np.ndarray:
+        value = stored.read(index)
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)  # float64 may be disabled
+
+    if sharding is None:
+        return jax.device_put(read((rows,)))
+    return jax.make_array_from_callback(stored.shape, sharding, read)
+
+
+def _sharding_in_file(sharding: NamedSharding, tensor: Tensor, ndim: int) -> NamedSharding:
+    axes = [*sharding.spec, *[None] * (ndim + 1)]
+    axes = axes[:ndim] if tensor.layer is None else axes[1 : ndim + 1]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if tensor.transposed else axes)))
+
+
+@functools.partial(jax.jit, static_argnames="transposed", donate_argnums=0)
+def _filled(leaf: jax.Array, piece: jax.Array, layer: int | None, row: int, *, transposed: bool) -> jax.Array:
+    """The leaf, in its own memory, with some rows of a tensor put in; they are columns where it is transposed."""
+    value = jax.lax.convert_element_type(piece.T if transposed else piece, leaf.dtype)
+    starts = [0, row] if transposed else [row, *[0] * (value.ndim - 1)]
+    if layer is not None:
+        value, starts = jax.lax.expand_dims(value, (0,)), [layer, *starts]
+    return jax.lax.dynamic_update_slice(leaf, value, starts, allow_negative_indices=False)
+
+
+def _fresh(model: families.Model, shardings: Mapping[str, NamedSharding | None]) -> dict[str, jax.Array]:
+    """The parameters at these paths as the model itself initialises them; XLA drops the others."""
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        params = flat(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        return {path: params[path] for path in shardings}
+
+    return jax.jit(init, out_shardings=dict(shardings))(jax.random.key(0))

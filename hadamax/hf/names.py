@@ -53,5 +53,5 @@ def tensors_of(
 
 
 def is_ignorable(name: str, tied: bool) -> bool:
-    """Tensors that older checkpoints hold and nobody needs: rope tables, and a head that repeats the tied table."""
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    """What checkpoints hold and no model needs: tables that the config implies, a head that repeats the tied one."""
+    return name.endswith(("rotary_emb.inv_freq", ".position_ids")) or (tied and name == "lm_head.weight")

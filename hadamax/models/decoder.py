@@ -1,10 +1,11 @@
-"""A decoder-only transformer of the Llama family (linen), with the parameter names of Hugging Face.
+"""A decoder-only transformer (linen) for the families that descend from Llama, with Hugging Face's parameter names.
 
 `params["params"]` holds `embed_tokens/embedding [V, D]`, `layers/...` (every leaf with a leading layer axis; or
 `layers_0/...` with `scan_layers=False`), `norm/scale [D]` and, unless tied, `lm_head/kernel [D, V]`. Kernels are
 `[in, out]`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jax import Array
 
 from hadamax.errors import ConfigError
 from hadamax.models.config import DecoderConfig
-from hadamax.models.layers import Block, Dense, Embedding, RMSNorm, project, rope_frequencies
+from hadamax.models.layers import Block, Context, Dense, Embedding, RMSNorm, project, rope_frequencies, soft_cap
 from hadamax.models.loss import chunked_cross_entropy
 
 REMAT_POLICIES = {
@@ -34,7 +35,7 @@ class Cache(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Llama-style language model.
+    """Causal language model: Llama, Mistral, Qwen2, Qwen3, Gemma-2, as configured.
 
     Args:
         config: the architecture.
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         if self.scan_layers:
-            axes: Any = (nn.broadcast, nn.broadcast, nn.broadcast, 0)  # rope, mask, used; the cache by layer
+            axes: Any = (nn.broadcast, 0, 0)  # the context; by layer, whether it has the window, and the cache
             block = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -91,26 +92,30 @@ class Decoder(nn.Module):
             self.layers: Any = block(c, *kinds)
         else:
             self.layers = [block(c, *kinds) for _ in range(c.num_hidden_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps, *kinds)
+        self.norm = RMSNorm(c, *kinds)
         if not c.tie_word_embeddings:
             self.lm_head = Dense(c.vocab_size, False, c, *kinds)
 
-    def _head(self) -> tuple[Array, Array | None]:
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.embedding.T, None
-        return self.lm_head.weights(self.config.hidden_size)
+    def _head(self) -> Callable[[Array], Array]:
+        """Logits of hidden states, `[..., D] -> [..., V]`."""
+        c = self.config
+        weights = (
+            (self.embed_tokens.embedding.T, None) if c.tie_word_embeddings else self.lm_head.weights(c.hidden_size)
+        )
+        return lambda hidden: soft_cap(project(hidden, *weights, self.dtype), c.final_logit_softcapping)
 
-    def _hidden(self, input_ids, positions, mask, cache=None, used=None) -> tuple[Array, Any]:
+    def _hidden(self, input_ids, positions, mask, places, cache=None, used=None) -> tuple[Array, Any]:
         """Final hidden states `[B, S, D]`; with a cache also the new keys and values `[L, B, S, KV, hd]`."""
         angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rope_frequencies(self.config))[None, None, :]
-        rope = (jnp.cos(angles), jnp.sin(angles))
+        context = Context((jnp.cos(angles), jnp.sin(angles)), mask, places, used)
+        sliding = None if self.config.sliding_layers is None else jnp.array(self.config.sliding_layers)
         x = self.embed_tokens(input_ids)
         if self.scan_layers:
-            x, new = self.layers(x, rope, mask, used, cache)
+            x, new = self.layers(x, context, sliding, cache)
         else:
             new = []
             for i, layer in enumerate(self.layers):
-                x, kv = layer(x, rope, mask, used, jax.tree.map(lambda leaf, i=i: leaf[i], cache))
+                x, kv = layer(x, context, *jax.tree.map(lambda leaf, i=i: leaf[i], (sliding, cache)))
                 new.append(kv)
             new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
         return self.norm(x), new
@@ -126,7 +131,8 @@ class Decoder(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None, :], input_ids.shape)
             if attention_mask is not None:
                 positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        return self._hidden(input_ids, positions, mask)[0]
+        slots = jnp.arange(input_ids.shape[1])[None, :]
+        return self._hidden(input_ids, positions, mask, (slots, slots))[0]
 
     def __call__(
         self,
@@ -137,13 +143,15 @@ class Decoder(nn.Module):
     ) -> Array:
         """Next-token logits `[B, S, V]` in `dtype`.
 
+        A sliding window is counted along the row, so a row's tokens must stand together, padding left or right of them.
+
         Args:
             input_ids: `[B, S]` integers.
             attention_mask: `[B, S]`, nonzero where there is a token; padding may stand left or right.
             positions: `[B, S]`; counted from the mask's first token where absent. Only differences matter.
             segment_ids: `[B, S]` for packed rows: a token attends only to its own segment.
         """
-        return project(self._train_hidden(input_ids, attention_mask, positions, segment_ids), *self._head(), self.dtype)
+        return self._head()(self._train_hidden(input_ids, attention_mask, positions, segment_ids))
 
     def loss(
         self,
@@ -163,8 +171,7 @@ class Decoder(nn.Module):
             chunk: positions whose logits exist at a time, `[B, chunk, V]` float32.
         """
         hidden = self._train_hidden(input_ids, attention_mask, positions, segment_ids)
-        head = self._head()
-        return chunked_cross_entropy(lambda h: project(h, *head, self.dtype), hidden, targets, weights, chunk)
+        return chunked_cross_entropy(self._head(), hidden, targets, weights, chunk)
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -174,7 +181,7 @@ class Decoder(nn.Module):
         return Cache(zeros, zeros, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
     def decode(self, input_ids: Array, attention_mask: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Appends `input_ids [B, T]` to the cache.
+        """Appends `input_ids [B, T]` to the cache; a sliding window counts tokens, not the padding between them.
 
         Args:
             attention_mask: `[B, T]`, nonzero where there is a token; padding may stand left or right.
@@ -184,17 +191,18 @@ class Decoder(nn.Module):
         """
         batch, length = input_ids.shape
         valid = attention_mask.astype(bool)
-        positions = jnp.cumsum(cache.mask, axis=1)[:, -1:] + jnp.cumsum(valid, axis=1) - 1
         filled = jax.lax.dynamic_update_slice_in_dim(cache.mask, valid, cache.used, 1)
+        places = jnp.maximum(jnp.cumsum(filled, axis=1) - 1, 0)  # of each slot's token in its row, padding left out
+        positions = jax.lax.dynamic_slice_in_dim(places, cache.used, length, 1)
         slots = jnp.arange(filled.shape[1])
         causal = slots[None, :] <= cache.used + jnp.arange(length)[:, None]
         mask = filled[:, None, None, :] & causal[None, None, :, :]
         hidden, new = self._hidden(
-            input_ids, jnp.maximum(positions, 0), mask, cache=(cache.key, cache.value), used=cache.used
+            input_ids, positions, mask, (positions, places), cache=(cache.key, cache.value), used=cache.used
         )
         key, value = (
             jax.lax.dynamic_update_slice_in_dim(old, n, cache.used, 2) for old, n in zip(cache[:2], new, strict=True)
         )
         last = jnp.max(jnp.where(valid, jnp.arange(length)[None, :], 0), axis=1)
         hidden = hidden[jnp.arange(batch), last]
-        return project(hidden, *self._head(), self.dtype), Cache(key, value, filled, cache.used + length)
+        return self._head()(hidden), Cache(key, value, filled, cache.used + length)

@@ -1,6 +1,10 @@
 """save_pretrained: transformers loads the directory with the same logits; nothing half-written is left behind."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,13 +14,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import hadamax as hx
 import hadamax.hf.export
 from hadamax.errors import CheckpointError, ConfigError, MergeError
-from hadamax.hf import load_pretrained, save_pretrained
+from hadamax.hf import load_pretrained, save_pretrained, tensor_files
 from hadamax.hf.families import expected_leaves
 from hadamax.models import Decoder, DecoderConfig, Llama3Rope
 
@@ -155,11 +160,11 @@ def test_a_target_that_holds_something_is_refused_and_an_empty_one_taken(tmp_pat
     ],
 )
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, raised, expected, message):
-    def fail(tensors, path, metadata):
+    def fail(path, pieces):
         path.write_bytes(b"half")
         raise raised
 
-    monkeypatch.setattr(hadamax.hf.export, "save_file", fail)
+    monkeypatch.setattr(hadamax.hf.export, "write_tensors", fail)
     with pytest.raises(expected, match=message):
         save_pretrained(tmp_path / "deep" / "out", Decoder(BASE), random_params(BASE), BASE)
     assert list((tmp_path / "deep").iterdir()) == []
@@ -190,3 +195,124 @@ def test_a_shard_size_that_is_none_is_refused(tmp_path, size):
 def test_a_tokenizer_directory_that_is_absent_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no tokenizer directory at"):
         save_pretrained(tmp_path / "out", Decoder(BASE), random_params(BASE), BASE, tokenizer_from=tmp_path / "none")
+
+
+def test_an_error_at_any_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    params, write, count = random_params(BASE), tensor_files._write, 0
+
+    def write_some(file, data):
+        nonlocal count
+        count -= 1
+        if count < 0:
+            write(file, memoryview(data)[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        write(file, data)
+
+    monkeypatch.setattr(tensor_files, "_write", write_some)
+    for point in range(1000):
+        count = point
+        try:
+            save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE, max_shard_size="9KB")
+        except CheckpointError as error:
+            assert str(error) == f"cannot write {tmp_path / 'out'}: No space left on device"
+            assert list(tmp_path.iterdir()) == []
+        else:
+            break
+    assert point > 21  # one write for each tensor, and for each header
+
+
+KILLED = """
+import os, signal, sys
+import jax, jax.numpy as jnp
+from hadamax.hf import export, tensor_files
+from hadamax.models import Decoder, DecoderConfig
+
+config = DecoderConfig(7, 4, 5, 1, 1, 1, 4)
+params = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+module, name, point = {"write": (tensor_files, "_write", 5), "rename": (os, "replace", 0)}[sys.argv[2]]
+function, calls = getattr(module, name), 0
+
+def kill(*args):
+    global calls
+    if calls == point:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls += 1
+    return function(*args)
+
+setattr(module, name, kill)
+export.save_pretrained(sys.argv[1], Decoder(config), params, config)
+"""
+
+
+@pytest.mark.parametrize("at", ["write", "rename"])
+def test_a_process_that_is_killed_leaves_no_directory_that_loads(tmp_path, at):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), at], cwd=os.getcwd(), timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert any(tmp_path.iterdir())  # it had begun
+    params = random_params(BASE)
+    save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE)  # and what is left is in nobody's way
+    assert_same(load_pretrained(tmp_path / "out")[1], params)
+
+
+RULES = {
+    "hira": {"q_proj": hx.hira(2), "**/mlp/*": hx.lora(2)},
+    "shift": {"o_proj": hx.hadamard_adapter(), "down_proj": hx.hadamard_adapter(position="input")},
+    "layers": {"q_proj": hx.at(hx.hadamard_adapter(), layers=[1]), "lm_head": hx.lora(2), "embed_tokens": hx.abba(2)},
+}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("biased", "scan_layers"), [(True, False), (False, True)])
+def test_lazy_weights_are_merged_in_float32_while_they_are_written(tmp_path, rules, biased, scan_layers):
+    config = DecoderConfig(**SIZES, head_dim=6, attention_bias=biased, mlp_bias=biased)
+    half, model = random_params(config, scan_layers, jnp.bfloat16), Decoder(config, scan_layers=scan_layers)
+    injection = hx.inject(rules, view=model.view)
+    adapters = injection.init(jax.random.key(0), half)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda f: f + jnp.asarray(0.3 * rng.standard_normal(f.shape), f.dtype), adapters)
+    written = save_pretrained(tmp_path / "lazy", model, injection.bind(half, adapters), config)
+    exact = injection.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), adapters)
+    merged = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
+    assert save_pretrained(tmp_path / "merged", model, merged, config) == written
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("lazy", "merged"))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype == ml_dtypes.bfloat16
+        # the same but where float32 sums of another order fall on the other side of a rounding
+        step = np.spacing(np.abs(value.astype(np.float32)).astype(ml_dtypes.bfloat16)).astype(np.float32)
+        difference = np.abs(found[name].astype(np.float32) - value.astype(np.float32))
+        assert np.all(difference <= step) and np.mean(difference > 0) < 0.01
+    base = flatten_dict(half["params"], sep="/")
+    assert any(
+        not np.array_equal(leaf, base.get(path)) for path, leaf in flatten_dict(merged["params"], sep="/").items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "spoil", "message"),
+    [
+        ({"q_proj": hx.lora(2)}, True, r"^layers/self_attn/q_proj/kernel: the factors hold NaN or infinity"),
+        ({"embed_tokens": hx.hadamard_adapter()}, False, r"^embed_tokens/embedding: merging needs a bias"),
+        ({"lm_head": hx.hadamard_adapter()}, False, r"llama has no place for 'lm_head/bias'"),
+        ({"q_proj": hx.hadamard_adapter(order=2)}, False, r"^layers/self_attn/q_proj/kernel: .*order 2 is not affine"),
+    ],
+)  # fmt: skip
+def test_adapters_that_do_not_merge_are_refused_before_anything_is_written(tmp_path, rules, spoil, message):
+    model, params = Decoder(BASE), random_params(BASE)
+    injection = hx.inject(rules, view=model.view)
+    adapters = injection.init(jax.random.key(0), params)
+    if spoil:
+        adapters = jax.tree.map(lambda f: f.at[(0,) * f.ndim].set(jnp.nan), adapters)
+    with pytest.raises(MergeError, match=message) as error:
+        save_pretrained(tmp_path / "out", model, injection.bind(params, adapters), BASE)
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+def test_numpy_parameters_and_dtypes_that_files_have_no_name_for(tmp_path):
+    params = random_params(BASE)
+    save_pretrained(tmp_path / "a", Decoder(BASE), params, BASE)
+    save_pretrained(tmp_path / "b", Decoder(BASE), jax.tree.map(np.asarray, params), BASE)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="dtype float8_e4m3fn cannot be written"):
+        save_pretrained(tmp_path / "c", Decoder(BASE), params, BASE, dtype="float8_e4m3fn")

@@ -1,7 +1,9 @@
 """load_pretrained: the same logits as transformers, and one clear line for every damaged directory."""
 
 import json
+import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+import hadamax.hf.load
 from hadamax.errors import CheckpointError, ConfigError
 from hadamax.hf import load_pretrained
 
@@ -48,6 +51,15 @@ def test_shards_load_like_a_single_file(llama):
     _, expected, _ = load_pretrained(single.directory)
     _, found, _ = load_pretrained(sharded.directory)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_tensors_that_are_read_in_parts_are_the_same(llama, monkeypatch, scan_layers):
+    directory = llama().directory
+    expected = [load_pretrained(directory, dtype=dtype, scan_layers=scan_layers)[1] for dtype in (None, "bfloat16")]
+    monkeypatch.setattr(hadamax.hf.load, "_PART", 1000)  # 3 of 24 rows, 10 of 61 the last of which is short
+    for dtype, params in zip((None, "bfloat16"), expected, strict=True):
+        assert_same(load_pretrained(directory, dtype=dtype, scan_layers=scan_layers)[1], params)
 
 
 def test_bfloat16_stays_as_in_the_file_unless_asked(llama, batch):
@@ -126,7 +138,7 @@ DAMAGE = {
         edit_tensors(lambda t: t.update({Q0: np.ones((24, 23), np.float32)})),
         rf"'{Q0}' .*expected shape \(24, 24\), found \(24, 23\)",
     ),
-    "integer-tensor": (edit_tensors(lambda t: t.update({Q0: np.ones((24, 24), np.int8)})), rf"'{Q0}' .*dtype I8"),
+    "integer-tensor": (edit_tensors(lambda t: t.update({Q0: np.ones((24, 24), np.int8)})), rf"'{Q0}' .*dtype 'I8'"),
     "truncated": (truncate, r"model.safetensors is damaged or incomplete"),
     "no-header": (cut_header, r"model.safetensors is damaged or incomplete"),
     "pickle-only": (only_a_pickle, r"holds neither .*found pytorch_model.bin: convert"),
@@ -141,7 +153,10 @@ DAMAGE = {
     "index-absolute": (edit_index(lambda i: i["weight_map"].update({Q0: "/etc/passwd"})), r"no file inside"),
     "index-number": (edit_index(lambda i: i["weight_map"].update({Q0: 3})), r"into 3, which is no file inside"),
     "index-empty": (edit_index(lambda i: i.clear()), r"index.json has no weight_map"),
-    "shard-absent": (edit_index(lambda i: i["weight_map"].update({Q0: "b.safetensors"})), r"b.safetensors is missing"),
+    "shard-absent": (
+        edit_index(lambda i: i["weight_map"].update({Q0: "b.safetensors"})),
+        r"cannot read .*b.safetensors: No such file",
+    ),
     "shard-lacks": (
         edit_index(lambda i: i["weight_map"].update({"model.ghost": "shard.safetensors"})),
         r"shard.safetensors lacks tensor 'model.ghost'",
@@ -194,3 +209,100 @@ def test_a_hub_id_is_fetched_where_no_directory_has_that_name(llama, monkeypatch
 def test_a_dtype_that_is_not_floating_is_refused(llama, dtype):
     with pytest.raises(ConfigError, match=f"dtype '{dtype}' is no floating type"):
         load_pretrained(llama().directory, dtype=dtype)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A random BERT for a task, saved by transformers; `edit(tensors)` changes what the file holds."""
+
+    def make(kind="BertForPreTraining", edit=None):
+        sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**sizes, intermediate_size=40, max_position_embeddings=64)
+        model = getattr(transformers, kind)(config).eval()
+        model.save_pretrained(tmp_path / kind)
+        if edit is not None:
+            tensors = load_file(tmp_path / kind / "model.safetensors")
+            save_file(edit(tensors), tmp_path / kind / "model.safetensors")
+        return tmp_path / kind
+
+    return make
+
+
+def old_names(tensors):
+    for new, old in (("bert.", ""), ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    return tensors | {"embeddings.position_ids": np.arange(64)[None, :]}
+
+
+def test_old_names_without_the_prefix_are_the_same_tensors(bert):
+    _, expected, _ = load_pretrained(bert("BertForMaskedLM"))
+    _, found, _ = load_pretrained(bert("BertForMaskedLM", old_names))
+    assert_same(found, expected)
+
+
+def test_two_tensors_of_one_name_are_refused(bert):
+    name = "embeddings.word_embeddings.weight"
+    directory = bert("BertModel", lambda tensors: tensors | {"bert." + name: tensors[name]})
+    with pytest.raises(CheckpointError, match=rf"has '(bert\.)?{name}' and '(bert\.)?{name}', which are one tensor"):
+        load_pretrained(directory)
+
+
+def test_heads_that_the_task_does_not_use_are_listed_once(bert, caplog):
+    with caplog.at_level(logging.WARNING, "hadamax"):
+        load_pretrained(bert(), task="hidden")
+    (record,) = caplog.records
+    assert "tensors are not used for hidden: 'bert.pooler.dense.bias', " in record.getMessage()
+    assert record.getMessage().endswith(", ...") and "\n" not in record.getMessage()
+
+
+def test_a_new_head_is_initialised_the_same_each_time_and_said(bert, caplog):
+    directory = bert("BertForMaskedLM")
+    with caplog.at_level(logging.WARNING, "hadamax"):
+        model, params, _ = load_pretrained(directory, task="sequence_classification", dtype="bfloat16")
+    said = " ".join(record.getMessage() for record in caplog.records if "newly initialised" in record.getMessage())
+    assert "classifier/kernel" in said and "pooler/dense/kernel" in said and "encoder" not in said.split(" has no ")[1]
+    kernel, bias = (params["params"]["classifier"][name] for name in ("kernel", "bias"))
+    assert 0.01 < float(jnp.std(kernel.astype(jnp.float32))) < 0.04 and not bias.any()
+    assert kernel.dtype == bias.dtype == model.dtype == jnp.bfloat16
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert_same(load_pretrained(directory, task="sequence_classification", dtype="bfloat16", mesh=mesh)[1], params)
+
+
+def test_half_a_head_is_no_new_head(bert):
+    def cut(tensors):
+        del tensors["classifier.bias"]
+        return tensors
+
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ tensors, first 'classifier.bias' of shape \(2,\)"):
+        load_pretrained(bert("BertForSequenceClassification", cut))
+
+
+def test_biases_that_the_config_denies_are_refused_not_dropped(llama):
+    directory = llama(attention_bias=True).directory
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(CheckpointError, match=r"self_attn.k_proj.bias' .*not in the architecture of config.json"):
+        load_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    "size", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"num_attention_heads": 10**40}], ids=str
+)
+def test_sizes_that_the_files_cannot_have_are_refused_before_a_model_is_built(llama, size):
+    directory = llama().directory
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **size}))
+    with pytest.raises((CheckpointError, ConfigError), match=next(iter(size))):
+        load_pretrained(directory, scan_layers=False)
+
+
+def test_a_misspelt_hub_id_says_what_to_check(monkeypatch):
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def refuse(*_, **__):
+        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404 Client Error\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"could not be fetched from the hub: it does not exist.*owner/name"):
+        load_pretrained("meta-lama/Llama")

@@ -43,16 +43,19 @@ def test_equals_torch_whatever_the_chunk(batch, length, chunk, seed):
     np.testing.assert_allclose(gradient, torch_logits.grad.numpy(), atol=1e-6)
 
 
-def decoder(tied, dtype=jnp.float32):
-    config = DecoderConfig(VOCAB, 16, 24, 2, 2, 1, 8, initializer_range=0.3, tie_word_embeddings=tied)
+def decoder(tied, dtype=jnp.float32, cap=None):
+    config = DecoderConfig(
+        VOCAB, 16, 24, 2, 2, 1, 8, initializer_range=0.3, tie_word_embeddings=tied, final_logit_softcapping=cap
+    )
     model = Decoder(config, dtype=dtype)
     ids = jax.random.randint(jax.random.key(1), (2, 32), 0, VOCAB)
     return model, jax.jit(model.init)(jax.random.key(0), ids), ids
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_method_equals_cross_entropy_of_the_logits_and_so_do_its_gradients(tied):
-    model, params, ids = decoder(tied)
+@pytest.mark.parametrize(("tied", "cap"), [(False, None), (True, None), (True, 0.7)])
+def test_the_method_equals_cross_entropy_of_the_logits_and_so_do_its_gradients(tied, cap):
+    model, params, ids = decoder(tied, cap=cap)
+    assert cap is None or 0.6 < np.abs(jax.jit(model.apply)(params, ids)).max() < cap
     mask = jnp.ones_like(ids).at[1, 20:].set(0)
     weights = mask[:, 1:].astype(jnp.float32) * 0.5
     inputs, targets = (ids[:, :-1], mask[:, :-1]), ids[:, 1:]
@@ -76,10 +79,10 @@ def whole_batch_logits(program, params, tokens):
     return [aval.shape for aval in outputs if VOCAB in aval.shape and aval.size >= tokens * VOCAB]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "cap"), [(False, None), (True, None), (True, 0.7)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_logits_of_the_whole_batch_never_exist_forward_or_backward(tied, dtype):
-    model, params, ids = decoder(tied, dtype)
+def test_the_logits_of_the_whole_batch_never_exist_forward_or_backward(tied, cap, dtype):
+    model, params, ids = decoder(tied, dtype, cap)
 
     def chunked(params):
         return model.apply(params, ids, ids, jnp.ones(ids.shape), chunk=4, method="loss")[0]
