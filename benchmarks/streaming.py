@@ -54,8 +54,8 @@ def write(folder: Path, gib: float, dtype: str, width: int = 2048, vocabulary: i
 
     from hadamax.hf.export import _write_weights
     from hadamax.hf.families import build, expected_leaves, tensors, write_config
-    from hadamax.hf.tensor_files import Piece
     from hadamax.models import DecoderConfig
+    from hadamax.tensor_files import Piece
 
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     layers = max(2, round((gib * 2**30 / kind.itemsize - 2 * vocabulary * width) / (16 * width**2)))
@@ -66,7 +66,7 @@ def write(folder: Path, gib: float, dtype: str, width: int = 2048, vocabulary: i
     for path, found in tensors(model).items():
         for t in found:
             shape = t.shape(leaves[path].shape)
-            pieces.append(Piece(t.name, shape, kind, lambda s=shape: rng.standard_normal(s, np.float32).astype(kind)))
+            pieces.append(Piece(t.name, shape, kind, lambda s=shape: [rng.standard_normal(s, np.float32).astype(kind)]))
     folder.mkdir()
     _write_weights(folder, sorted(pieces), 500 * 10**6)
     (folder / "config.json").write_text(json.dumps(write_config(config, "causal_lm")))
@@ -78,10 +78,9 @@ def measure(step: str, folder: Path) -> None:
 
     import hadamax as hx
     from hadamax import hf
-    from hadamax.hf.tensor_files import stored_tensors
+    from hadamax.tensor_files import stored_tensors
 
-    largest = max(jax.numpy.dtype(t.dtype.replace("BF", "bfloat").replace("F", "float")).itemsize * _size(t.shape)
-                  for t in stored_tensors(folder).values())  # fmt: skip
+    largest = max(tensor.nbytes for tensor in stored_tensors(folder).values())
     if step.startswith("load"):
         with tempfile.TemporaryDirectory() as tiny:  # the code of JAX and XLA is loaded at its first use
             write(Path(tiny) / "model", 0, "float32", width=8, vocabulary=16)
@@ -102,13 +101,6 @@ def measure(step: str, folder: Path) -> None:
         seconds, above = time.perf_counter() - began, peak.stop()
     figures = {"seconds": seconds, "parameters": own / MIB, "largest": largest / MIB}
     print(json.dumps(figures | {"resident": above[0] / MIB, "anonymous": above[1] / MIB}))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from hadamax.inject import Injection, at, from_config, inject
 from hadamax.lazy import lazily
 from hadamax.methods import abba, boha, dora, gralora, hadamard_adapter, hira, ia3, loha, lora
 from hadamax.native import load_adapters, save_adapters
+from hadamax.version import __version__ as __version__
 from hadamax.weight import LazyWeight
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from hadamax import generate as generate
     from hadamax import hf as hf
     from hadamax import models as models
-
-__version__ = "0.1.0"
 
 __all__ = [
     "METHODS",

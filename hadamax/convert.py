@@ -239,7 +239,7 @@ def _converted(
     injection: Injection, adapters: Mapping[str, Factors], params: Any, convert: Callable[[_Stack], _Form]
 ) -> Converted:
     """Every kernel through `convert`, and the rules for what came out."""
-    selected, leaves = injection._checked(params, adapters), paths.leaves(params)
+    selected, leaves = injection.checked(params, adapters), paths.leaves(params)
     forms: dict[str, _Form] = {}
     kept: dict[str, str] = {}
     errors: dict[str, np.ndarray] = {}
@@ -359,7 +359,10 @@ def _core(target: Target, linear: dict[str, jax.Array], factors: Factors, number
         return left, r1 @ r2.T, right.T
     merged = target.adapter.merge(factors, base)
     if merged.bias is not base.bias:
-        raise ConversionError(f"{target.adapter.config['method']} also changes the layer's bias, which LoRA cannot")
+        raise ConversionError(
+            f"{target.adapter.config['method']} also changes the layer's bias, which LoRA cannot: merge it, or keep it"
+            " with hx.save_adapters"
+        )
     return None, merged.kernel - base.kernel, None
 
 

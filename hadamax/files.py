@@ -34,8 +34,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     """
     target, temporary = Path(target), None
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise CheckpointError(f"{target} exists and is not empty; choose another directory or remove it first")
+        check_new(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
@@ -50,6 +49,15 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)  # gone already where the rename succeeded
+
+
+def check_new(target: str | Path) -> None:
+    """Raises `CheckpointError` where `new_directory` would refuse the target."""
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not empty; choose another directory or remove it first")
+    if above := next((parent for parent in target.parents if parent.is_file()), None):
+        raise CheckpointError(f"cannot write {target}: {above} is a file")
 
 
 def sync(path: Path) -> None:

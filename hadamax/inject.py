@@ -101,7 +101,7 @@ class Injection(NamedTuple):
         Raises:
             ConfigError: the adapters were made for other kernels.
         """
-        leaves, selected = paths.leaves(params), self._checked(params, adapters)
+        leaves, selected = paths.leaves(params), self.checked(params, adapters)
 
         def lazy(path: str, leaf: Any) -> Any:
             if path not in selected:
@@ -146,7 +146,7 @@ class Injection(NamedTuple):
             ConfigError: the adapters were made for other kernels.
         """
         leaves, merged, new = paths.leaves(params), {}, {}
-        for path, target in self._checked(params, adapters).items():
+        for path, target in self.checked(params, adapters).items():
             factors = adapters[path]
             for leaf in jax.tree.leaves(factors):
                 if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
@@ -214,7 +214,7 @@ class Injection(NamedTuple):
             "exclude": [named(pattern) for pattern in self.exclude],
         }
 
-    def _checked(self, params: Any, adapters: Mapping[str, Factors]) -> dict[str, Target]:
+    def checked(self, params: Any, adapters: Mapping[str, Factors]) -> dict[str, Target]:
         """The targets, if the adapters are theirs."""
         leaves, selected = paths.leaves(params), self.targets(params)
         if not isinstance(adapters, Mapping):
@@ -303,6 +303,8 @@ def from_config(config: Mapping[str, Any]) -> Injection:
         return re.compile(entry["regex"], entry.get("flags", 0)) if "regex" in entry else entry["pattern"]
 
     known = {"version", "rules", "view", "exclude"}, {"pattern", "regex", "flags", "adapter", "view", "layers"}
+    if isinstance(config, Mapping) and config.get("version", 1) != 1:
+        raise ConfigError(f"an injection's configuration of version {config['version']!r}; known: 1; update hadamax")
     try:
         for part, names in [(config, known[0]), *((rule, known[1]) for rule in config["rules"])]:
             for name in part:

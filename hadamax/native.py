@@ -12,7 +12,6 @@ leaves but those that were trained and are stored themselves; see `hadamax.finge
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,19 +23,20 @@ import numpy as np
 from hadamax import paths, stacks
 from hadamax.adapter import Factors
 from hadamax.errors import BaseMismatchError, CheckpointError, ConfigError, HadamaxError, nearest
-from hadamax.files import check_file, new_directory, read_json
+from hadamax.files import new_directory, read_json
 from hadamax.fingerprint import fingerprint, weights
 from hadamax.inject import Injection, from_config
 from hadamax.rules import exact
+from hadamax.tensor_files import DTYPES, NAMES, Piece, Stored, inside, read_header, write_tensors
+from hadamax.version import __version__
 
 WEIGHTS, CONFIG = "hadamax_adapter.safetensors", "hadamax_adapter.json"  # names that PEFT's loader does not look for
 _MOST_WILDCARDS = 6  # matching takes at most (characters of the path)^6 / 6! steps: seconds
 FORMAT, VERSION = "hadamax adapter", 1
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 class Loaded(NamedTuple):
-    """What `load_adapters` returns.
+    """What `load_adapters` and `hf.load_adapter` return.
 
     Attributes:
         injection: the rules; without any where only base leaves were trained.
@@ -87,20 +87,16 @@ def save_adapters(
         >>> bool((loaded.adapters["up/kernel"]["a"] == adapters["up/kernel"]["a"]).all())
         True
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    from hadamax import __version__
 
     injection = Injection(()) if injection is None else injection
-    injection._checked(params, adapters)
+    injection.checked(params, adapters)
     if not all(map(_quick, _patterns(injection))):
         injection = exact(injection, params)
     trained = {path: leaf for path, leaf in paths.leaves(base).items() if leaf is not None}
     if not adapters and not trained:
         raise ConfigError("no adapters and no trained base leaves: there is nothing to save")
     _check_trained(trained, params)
-    tensors = {name: _storable(name, leaf) for name, leaf in _named(adapters, trained).items()}
+    tensors = [_piece(name, leaf) for name, leaf in _named(adapters, trained).items()]
     frozen = {path: leaf for path, leaf in weights(params).items() if path not in trained}
     digests = fingerprint(frozen)
     config = {
@@ -121,12 +117,8 @@ def save_adapters(
         raise ConfigError(f"the configuration is no JSON: {error}") from None
     _injection(json.loads(text)["injection"])  # what could not be read back is not written
     with new_directory(directory) as temporary:
-        try:
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": FORMAT})
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {directory}: {_line(error)}") from error
+        write_tensors(temporary / WEIGHTS, tensors)
         (temporary / CONFIG).write_text(text, encoding="utf-8")
-        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors' files are their owner's alone
 
 
 def load_adapters(
@@ -152,32 +144,20 @@ def load_adapters(
         BaseMismatchError: another base; what differs is named.
         NoMatchError, NotAMatrixError, ViewError, ConfigError: under `check_base=False`, rules that do not fit `params`.
     """
-    from safetensors import SafetensorError, safe_open
-
     directory = Path(directory)
-    config, file = _read_config(directory), directory / WEIGHTS
-    check_file(file)
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            headers = {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in headers.items()}
-            stored = {name.removeprefix("base:") for name in headers if name.startswith("base:")}
-            if check_base:
-                _check_structure(directory, config["base"], params, stored, model_config)
-            injection = config["injection"]
-            leaves = paths.leaves(params)
-            like = {
-                path: stacks.factors_like(leaves, target) for path, target in _targets(injection, params, file).items()
-            }
-            if odd := sorted(stored - leaves.keys()):
-                raise CheckpointError(f"{file} has a trained base leaf {odd[0]!r} that the parameters lack")
-            base_like = {path: leaves[path] for path in leaves if path in stored}
-            _check_headers(file, headers, _named(like, base_like))
-            if check_base:
-                _check_weights(directory, config["base"], params)
-            arrays = {name: jnp.asarray(tensors.get_tensor(name)) for name in headers}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or incomplete: {_line(error)}") from error
+    config, file = _read_config(directory), inside(directory, WEIGHTS)
+    headers = read_header(file)
+    stored = {name.removeprefix("base:") for name in headers if name.startswith("base:")}
+    if check_base:
+        _check_structure(directory, config["base"], params, stored, model_config)
+    injection, leaves = config["injection"], paths.leaves(params)
+    like = {path: stacks.factors_like(leaves, target) for path, target in _targets(injection, params, file).items()}
+    if odd := sorted(stored - leaves.keys()):
+        raise CheckpointError(f"{file} has a trained base leaf {odd[0]!r} that the parameters lack")
+    _check_headers(file, headers, _named(like, {path: leaves[path] for path in leaves if path in stored}))
+    if check_base:
+        _check_weights(directory, config["base"], params)
+    arrays = {name: jnp.asarray(tensor.read()) for name, tensor in headers.items()}
 
     def factors(path: str) -> Factors:
         return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_factor_name(path, keys)], like[path])
@@ -197,12 +177,12 @@ def _named(adapters: Mapping[str, Factors], trained: Mapping[str, Any]) -> dict[
     return named | {f"base:{path}": leaf for path, leaf in trained.items()}
 
 
-def _storable(name: str, leaf: Any) -> np.ndarray:
-    if np.dtype(leaf.dtype) not in map(np.dtype, DTYPES.values()):
+def _piece(name: str, leaf: Any) -> Piece:
+    if (dtype := np.dtype(leaf.dtype)) not in NAMES:
         raise ConfigError(f"{name}: only float64, float32, float16 and bfloat16 are stored, found {leaf.dtype}")
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         raise ConfigError(f"{name} lies on several processes; replicate it before it is saved")
-    return np.asarray(leaf, order="C")
+    return Piece(name, tuple(leaf.shape), dtype, lambda: [np.asarray(leaf)])
 
 
 def _check_trained(trained: Mapping[str, Any], params: Any) -> None:
@@ -216,13 +196,19 @@ def _check_trained(trained: Mapping[str, Any], params: Any) -> None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """The configuration with its injection rebuilt; nothing in it is trusted."""
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give its directory")
     if not directory.is_dir():
         raise CheckpointError(f"no directory at {directory}")
     path = directory / CONFIG
     if not path.is_file():
-        hint = "; this is a PEFT adapter, for hx.hf" if (directory / "adapter_config.json").is_file() else ""
+        hint = (
+            "; this is a PEFT adapter: load it with hx.hf.load_adapter"
+            if (directory / "adapter_config.json").is_file()
+            else ""
+        )
         raise CheckpointError(f"{directory} holds no {CONFIG}{hint}")
-    config = read_json(path)
+    config = read_json(inside(directory, CONFIG))
     version = config.get("version")
     if config.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no hadamax adapter: its format is {config.get('format')!r}")
@@ -257,8 +243,6 @@ def _check_keys(path: Path, where: str, found: Any, known: set[str]) -> None:
 def _injection(config: Any) -> Injection:
     if config is None:
         return Injection(())
-    if isinstance(config, Mapping) and config.get("version") != 1:
-        raise ConfigError(f"the injection's configuration has version {config.get('version')!r}, expected 1")
     injection = from_config(config)
     for pattern in _patterns(injection):
         if not _quick(pattern):
@@ -288,11 +272,12 @@ def _targets(injection: Injection, params: Any, file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file.with_name(CONFIG)}: rules that cannot be used: {_line(error)}") from None
 
 
-def _check_headers(file: Path, headers: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, Any]) -> None:
+def _check_headers(file: Path, headers: Mapping[str, Stored], expected: Mapping[str, Any]) -> None:
     for name, leaf in expected.items():
         if name not in headers:
             raise CheckpointError(f"{file} lacks tensor {name!r} of shape {tuple(leaf.shape)}")
-    for name, (shape, dtype) in headers.items():
+    for name, tensor in headers.items():
+        shape, dtype = tensor.shape, tensor.dtype
         if name not in expected:
             raise CheckpointError(f"{file} has tensor {name!r} of shape {shape}, which no rule of its own asks for")
         if shape != tuple(expected[name].shape):

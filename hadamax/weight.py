@@ -16,7 +16,7 @@ from jax import lax
 from hadamax import views
 from hadamax.adapter import Adapter, Factors, Linear
 from hadamax.errors import MergeError
-from hadamax.methods.products import wide
+from hadamax.methods.merging import widened
 from hadamax.views import Axes
 
 
@@ -79,20 +79,31 @@ class LazyWeight:
             MergeError: the adapter shifts the output, which a kernel alone cannot hold.
         """
 
+        merged = self.merged()
+        if merged.bias is not None:
+            raise MergeError(
+                f"{self.path}: {self.adapter.config.get('method')} shifts the layer's output, but the model uses"
+                " the weight other than in `x @ kernel`; adapt another layer, or train without the shift"
+            )
+        return merged.kernel.astype(self.dtype)
+
+    def merged(self) -> Linear:
+        """The merged layer, its kernel in the weight's own layout, not yet rounded to `dtype`: in at least float32. The
+        bias is `[batch..., out]`, or None where the adapter leaves it as it is."""
+
         def merge(kernel, bias, factors, active):
-            # widened here, so that the only rounding is the one to `dtype`
-            merged = self.adapter.merge(factors, Linear(kernel.astype(wide(kernel.dtype)), bias))
-            if merged.bias is not bias:
-                raise MergeError(
-                    f"{self.path}: {self.adapter.config.get('method')} shifts the layer's output, but the model uses"
-                    " the weight other than in `x @ kernel`; adapt another layer, or train without the shift"
-                )
-            return (merged.kernel if active is None else jnp.where(active, merged.kernel, kernel)).astype(self.dtype)
+            base = widened(Linear(kernel, bias))
+            merged = self.adapter.merge(factors, base)
+            if merged.bias is base.bias or merged.bias is None:
+                merged, base = merged._replace(bias=None), base._replace(bias=None)
+            elif base.bias is None:
+                base = base._replace(bias=jnp.zeros_like(merged.bias))
+            return merged if active is None else jax.tree.map(lambda m, b: jnp.where(active, m, b), merged, base)
 
         for _ in views.of_role(self.axes, "b"):
             merge = jax.vmap(merge)
-        kernel = merge(views.canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
-        return views.restore(kernel, self.axes, self.shape)
+        merged = merge(views.canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
+        return merged._replace(kernel=views.restore(merged.kernel, self.axes, self.shape))
 
 
 def matmul(

@@ -245,13 +245,13 @@ class ExportConfig:
         out: directory to write, which must not exist or be empty.
         merged: write the merged model, a Hugging Face directory; this is done where adapter is null, too.
         adapter: write the adapters alone: peft, for Hugging Face PEFT; native, hadamax's own format for every method.
-        as_: method to convert the adapters to (the option is --as). ABBA to loha or lora, LoHa to lora, BoHA to hira
-            are exact; any method to lora with rank or energy.
+        as_: method to convert the adapters to (--as on the command line, as_ in a file). ABBA to loha or lora, LoHa to
+            lora, BoHA to hira are exact; any method that leaves biases alone goes to lora with rank or energy.
         rank: largest rank of --as lora; its error is printed.
         energy: share of each update's squared norm that --as lora keeps, in place of rank.
         dtype: type of the merged model's weights; null keeps the base's.
         verify: read the directory back and print the largest difference of logits from the run's.
-        base: where the run's base is now, if it has moved.
+        base: where the run's base is now, if it has moved; only its shapes are checked.
     """
 
     run: str
@@ -336,7 +336,7 @@ def _options(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _one_line(message: str, cls: type) -> str:
     """jsonargparse's message in one line, with the nearest option names where a name is unknown."""
-    names = ["config", *(name.rstrip("_") for name, _ in _options(cls))]
+    names = ["config", *(name for name, _ in _options(cls))]
     if found := re.search(r"unrecognized arguments: --([^\s=]+)|(?:accept option|Option) '(\S+)'", message):
         group = re.search(r"Group '(\S+)' does", message)
         name = found[1] or (f"{group[1]}.{found[2]}" if group else found[2])
@@ -347,6 +347,7 @@ def _one_line(message: str, cls: type) -> str:
         wanted = [line.removeprefix("- ").removeprefix("Expected a ") for line in lines if "Expected a" in line]
         if given is not None and wanted:
             wanted = [re.sub(r"<class '(\w+)'>", r"\1", w).replace("NoneType", "null") for w in wanted]
+            wanted = [w.replace("typing.Literal", "one of ") for w in wanted]
             return f"--{found[1].rstrip('_')}: {given!r} is not {' or '.join(wanted)}"
         return f"--{found[1]}: " + " ".join(lines).replace("typing.Literal", "")
     return " ".join(message.split())

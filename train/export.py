@@ -21,6 +21,8 @@ from rich.table import Table
 
 import hadamax as hx
 from hadamax import hf
+from hadamax.files import check_new
+from hadamax.hf import families
 from train import cli
 from train.config import ExportConfig, parse
 from train.merging import bound, merge_loss
@@ -46,6 +48,11 @@ def export_merged(config: ExportConfig, run: Run) -> tuple[dict[str, float], flo
     return losses, total
 
 
+def identity(run: Run) -> dict[str, Any]:
+    """What decides, beside the weights, what the base computes: its config.json without the dtype."""
+    return {k: v for k, v in families.write_config(run.base.config, run.base.model.task).items() if k != "torch_dtype"}
+
+
 def export_adapter(config: ExportConfig, run: Run) -> dict[str, float]:
     """Writes the adapters and returns the largest relative error that converting made in each kernel.
 
@@ -53,10 +60,12 @@ def export_adapter(config: ExportConfig, run: Run) -> dict[str, float]:
         HadamaxError: no adapters, a method that the format or `as_` has no form for, a target that is not empty.
     """
     injection, adapters, base = run.injection, run.trainable["adapters"], run.trainable["base"]
-    if injection is None:
-        raise hx.ConfigError(f"{config.run} has no adapters, only trained base parameters; export it --merged")
+    if injection is None and (config.adapter == "peft" or config.as_ is not None):
+        raise hx.ConfigError(
+            f"{config.run} has no adapters, only trained base parameters; export it --merged or --adapter native"
+        )
     errors: dict[str, float] = {}
-    if config.as_ is not None:
+    if config.as_ is not None and injection is not None:
         if config.as_ == "lora":
             options = {"rank": config.rank, "energy": config.energy}
             converted = hx.convert.to_lora(injection, adapters, run.base.params, **options)
@@ -67,10 +76,10 @@ def export_adapter(config: ExportConfig, run: Run) -> dict[str, float]:
         for path, reason in converted.kept.items():
             print(f"note: {path} keeps its method: {reason}")
     name = config.base or run.config.model.base
-    if config.adapter == "peft":
+    if config.adapter == "peft" and injection is not None:
         hf.save_adapter(config.out, run.base.model, injection, adapters, base=base, base_model_name_or_path=name)
     else:
-        hx.save_adapters(config.out, injection, adapters, run.base.params, base=base)
+        hx.save_adapters(config.out, injection, adapters, run.base.params, base=base, model_config=identity(run))
     return errors
 
 
@@ -97,7 +106,7 @@ def largest_difference(config: ExportConfig, run: Run) -> tuple[float, float]:
     elif config.adapter == "peft":
         theirs = logits(model, *hf.load_adapter(config.out, model, params), params)
     else:
-        theirs = logits(model, *hx.load_adapters(config.out, params), params)
+        theirs = logits(model, *hx.load_adapters(config.out, params, model_config=identity(run)), params)
     return float(jnp.max(jnp.abs(ours - theirs))), float(jnp.max(jnp.abs(ours)))
 
 
@@ -112,6 +121,7 @@ def report(title: str, column: str, values: Mapping[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.export --help`."""
     config = parse(ExportConfig, argv, "train.export")
+    check_new(config.out)  # before the work
     run = load_run(config.run, config.base)
     if config.adapter is None:
         losses, total = export_merged(config, run)

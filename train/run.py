@@ -42,7 +42,7 @@ def load_base(config: ModelConfig) -> Base:
     """
     from transformers import AutoTokenizer  # slow to import
 
-    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype)
+    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype, task="causal_lm")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base)
     except (OSError, ValueError, KeyError, TypeError) as error:

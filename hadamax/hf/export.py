@@ -16,7 +16,7 @@ from hadamax.files import new_directory
 from hadamax.hf import families
 from hadamax.hf.load import float_dtype, main_dtype
 from hadamax.hf.parameters import Parameter, of_array, parameters
-from hadamax.hf.tensor_files import INDEX, NAMES, SINGLE, Piece, write_tensors
+from hadamax.tensor_files import INDEX, NAMES, SINGLE, Piece, write_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,7 +24,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "sentencepiece.bpe.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
@@ -88,6 +90,8 @@ def _complete(
     leaves: dict[str, Parameter], model: families.Model, config: families.Config
 ) -> tuple[dict[str, Parameter], families.Config]:
     """Adds the zero biases that the family's flags ask for, and checks every shape against the config."""
+    if type(config) is not type(model.config):
+        raise ConfigError(f"a {type(config).__name__} does not belong to a {type(model).__name__}")
     expected = families.expected_leaves(model.clone(config=config))
     added = [path for path in leaves if path.endswith("/bias") and path not in expected]
     admitted = families.family_of(config.model_type).admit(config, added)
@@ -118,8 +122,8 @@ def _pieces(leaves: Mapping[str, Parameter], model: families.Model, dtype: np.dt
                 f"{path}: dtype {kind.name} cannot be written; give dtype=, one of {', '.join(map(str, NAMES))}"
             )
         for t in tensors:
-            value = functools.partial(leaf.matrix, t.layer, t.transposed, kind)
-            pieces.append(Piece(t.name, t.shape(leaf.shape), kind, lambda value=value: np.asarray(value())))
+            parts = functools.partial(leaf.parts, t.layer, t.transposed, kind)
+            pieces.append(Piece(t.name, t.shape(leaf.shape), kind, lambda parts=parts: map(np.asarray, parts())))
     return sorted(pieces, key=lambda piece: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", piece.name)])
 
 

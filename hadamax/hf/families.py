@@ -138,7 +138,9 @@ def read_config(config: Mapping[str, Any], task: str | None = None) -> tuple[Con
         True
     """
     given = {name: value for name, value in config.items() if value is not None}
-    family = family_of(given.get("model_type", "llama"))  # first: another family's missing keys would mislead
+    if "model_type" not in given:
+        raise ConfigError("no model_type, so this is no config of a Hugging Face model")
+    family = family_of(given["model_type"])  # first: another family's missing keys would mislead
     config = given | {name: value for name, value in family.absent.items() if name not in config}
     if "quantization_config" in config:
         raise ConfigError("quantization_config: quantised checkpoints are not implemented; load the plain weights")
@@ -148,9 +150,9 @@ def read_config(config: Mapping[str, Any], task: str | None = None) -> tuple[Con
             raise ConfigError(f"architectures must be a list of names, found {named!r}")
         tasks = [task for task, architecture in family.architectures.items() if architecture in named]
         if not tasks:
-            raise ConfigError(
-                f"architecture {named[0]!r} is not implemented; give task=, one of {', '.join(family.architectures)}"
-            )
+            known = "; implemented: " + ", ".join(dict.fromkeys(family.architectures.values()))
+            known += f"; or give task=, one of {', '.join(family.architectures)}" if family.bare else ""
+            raise ConfigError(f"architecture {named[0]!r} is not implemented{known}")
         task = tasks[0]
     if task not in family.architectures:
         raise ConfigError(

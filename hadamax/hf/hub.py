@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hadamax.errors import CheckpointError
 
-WEIGHTS = ("*.json", "*.safetensors", "*.model", "*.jinja")
+WEIGHTS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 
 
 def directory_of(source: str | Path, patterns: Sequence[str] = WEIGHTS) -> Path:

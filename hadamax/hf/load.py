@@ -18,11 +18,13 @@ from hadamax.errors import CheckpointError, ConfigError, nearest
 from hadamax.files import read_json
 from hadamax.hf import families, hub
 from hadamax.hf.names import Tensor, is_ignorable
-from hadamax.hf.tensor_files import DTYPES, Stored, inside, stored_tensors
 from hadamax.sharding import param_shardings
+from hadamax.tensor_files import DTYPES, Stored, inside, stored_tensors
 
 _LOG = logging.getLogger("hadamax")
 _PART = 2**24  # bytes of a tensor that are read at a time; JAX keeps the last ones until its next call
+ADAPTERS = {"adapter_config.json": "hx.hf.load_adapter", "hadamax_adapter.json": "hx.load_adapters"}
+_LISTED = 6  # names of tensors in one line
 # the config's sizes that become a dimension of a parameter
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _SIZES += ("type_vocab_size", "num_labels")
@@ -46,9 +48,10 @@ def load_pretrained(
         dtype: of the parameters and activations; as in the file where None.
         mesh: puts each parameter where `hadamax.sharding.param_shardings` says; each process reads only the parts that
             its devices hold. On the default device where None.
-        task: which head: `"causal_lm"`; what `architectures` in the file names where None. A head that the file lacks
-            is initialised from a fixed key, and a warning of the logger `hadamax` says so; another names the tensors of
-            heads that the task does not use.
+        task: which head: `"causal_lm"` for decoders, for encoders one of `hadamax.models.Encoder`'s; None takes what
+            `architectures` in the file names. A head that the file lacks is initialised from a fixed key, and a warning
+            of the logger `hadamax` says so; its classes are those of the config's `id2label`, or `num_labels`, or 2.
+            Another warning names the tensors of heads that the task does not use.
 
     Returns:
         `(model, params, config)` with `model.apply(params, input_ids)` giving the task's output, logits for
@@ -60,7 +63,13 @@ def load_pretrained(
     """
     dtype = None if dtype is None else float_dtype(dtype)
     directory = hub.directory_of(source)
-    config, task = families.read_config(read_json(inside(directory, "config.json")), task)
+    adapter = next((name for name in ADAPTERS if (directory / name).is_file()), None)
+    if adapter is not None and not (directory / "config.json").exists():
+        raise CheckpointError(f"{directory} holds an adapter: load its base, and then it with {ADAPTERS[adapter]}")
+    try:
+        config, task = families.read_config(read_json(inside(directory, "config.json")), task)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}") from None
     stored = stored_tensors(directory)
     _check_sizes(config, stored)
     leaves, found = match(families.build(config, task=task, scan_layers=scan_layers), stored, directory)
@@ -69,7 +78,8 @@ def load_pretrained(
     dtype = main_dtype(params) if dtype is None else dtype
     model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers)
     if fresh := [path for path in leaves if path not in params]:
-        _LOG.warning("%s has no %s: newly initialised, to be trained", directory, ", ".join(fresh))
+        named = ", ".join(f"{path} {list(leaves[path].shape)}" for path in fresh)
+        _LOG.warning("%s has no %s: newly initialised, to be trained", directory, named)
         params |= _fresh(model, {path: shardings[path] for path in fresh})
     return model, {"params": unflatten_dict({path: params[path] for path in leaves}, sep="/")}, config
 
@@ -82,6 +92,8 @@ def float_dtype(dtype: Any) -> np.dtype:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ConfigError(f"dtype {dtype!r} is no floating type; use 'float32', 'bfloat16' or 'float16'")
+    if found.itemsize > jax.dtypes.canonicalize_dtype(found).itemsize:
+        raise ConfigError(f"dtype {dtype!r} has 64 bits, which JAX has only under jax.enable_x64(True); use 'float32'")
     return found
 
 
@@ -132,30 +144,33 @@ def match(
             missing += [(tensor.name, tensor.shape(leaves[path].shape)) for tensor in absent]
             held[path] = [(t, stored[names[family.rename(t.name)]]) for t in tensors if t not in absent]
     if missing:
-        name, shape = missing[0]
         total = sum(map(len, plan.values()))
-        near = nearest(name, stored.keys() - {t.name for tensors in plan.values() for t in tensors}, n=1)
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} of {total} tensors, first {name!r} of shape {shape}{near}"
-        )
+        listed = ", ".join(f"{name!r} of shape {shape}" for name, shape in missing[:_LISTED])
+        more = ", ..." * (len(missing) > _LISTED)
+        near = nearest(missing[0][0], stored.keys() - {t.name for tensors in plan.values() for t in tensors}, n=1)
+        raise CheckpointError(f"{directory} lacks {len(missing)} of {total} tensors: {listed}{more}{near}")
     expected = {
         names[family.rename(t.name)]: t.shape(leaves[path].shape) for path, tensors in held.items() for t, _ in tensors
     }
-    unused = []
+    unused, homeless = [], []
     for name, tensor in stored.items():
         where = f"tensor {name!r} in {tensor.path}"
         if name not in expected:
-            if not family.ignorable(family.rename(name), config):
-                raise CheckpointError(f"{where}: not in the architecture of config.json, found shape {tensor.shape}")
-            unused += [name]
+            (unused if family.ignorable(family.rename(name), config) else homeless).append(name)
         elif tensor.shape != expected[name]:
             raise CheckpointError(f"{where}: expected shape {expected[name]}, found {tensor.shape}")
         elif tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"{where}: dtype {tensor.dtype!r} is not implemented; implemented: {', '.join(DTYPES)}"
             )
+    if homeless:
+        listed = ", ".join(f"{name!r} of shape {stored[name].shape}" for name in homeless[:_LISTED])
+        more = ", ..." * (len(homeless) > _LISTED)
+        raise CheckpointError(
+            f"{directory} has {len(homeless)} tensors that are not in the architecture of config.json: {listed}{more}"
+        )
     if unused := [name for name in unused if not is_ignorable(name, tied=True)]:
-        first = ", ".join(map(repr, unused[:3])) + ", ..." * (len(unused) > 3)
+        first = ", ".join(map(repr, unused[:_LISTED])) + ", ..." * (len(unused) > _LISTED)
         _LOG.warning("%s: %d tensors are not used for %s: %s", directory, len(unused), model.task, first)
     size = sum(math.prod(tensor.shape) for tensor in stored.values())
     for path in leaves.keys() - held.keys():
@@ -210,7 +225,13 @@ def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(Non
 
     if sharding is None:
         return jax.device_put(read((rows,)))
-    return jax.make_array_from_callback(stored.shape, sharding, read)
+    parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
+
+    def once(index: Any) -> np.ndarray:
+        bounds = tuple((part.start, part.stop) for part in index)
+        return parts[bounds] if bounds in parts else parts.setdefault(bounds, read(index))
+
+    return jax.make_array_from_callback(stored.shape, sharding, once)
 
 
 def _sharding_in_file(sharding: NamedSharding, tensor: Tensor, ndim: int) -> NamedSharding:

@@ -1,19 +1,21 @@
 """Parameters as they are to be written: one matrix at a time, lazy weights merged on the way."""
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hadamax import views, weight
+from hadamax import weight
 from hadamax.adapter import Linear
 from hadamax.errors import HadamaxError, MergeError
 from hadamax.hf.load import flat
-from hadamax.methods.products import wide
 from hadamax.weight import LazyWeight
+
+PART = 2**24  # bytes that are written at a time
 
 
 class Parameter(NamedTuple):
@@ -24,11 +26,13 @@ class Parameter(NamedTuple):
         dtype: that it has, or that its merged matrices are to be rounded to.
         matrix: `(layer, transposed, dtype) -> array`: one layer of the first axis, or the whole where `layer` is None,
             computed in at least float32 where anything is to be merged, and rounded once to `dtype`.
+        parts: the same in pieces of its rows, where it need not be computed as a whole.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     matrix: Callable[[int | None, bool, Any], jax.Array]
+    parts: Callable[[int | None, bool, Any], Iterator[jax.Array]]
 
 
 def parameters(params: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -63,14 +67,21 @@ def parameters(params: Mapping[str, Any]) -> dict[str, Parameter]:
             bias = jax.eval_shape(functools.partial(_merge, layer=None), lazy).bias
         except HadamaxError as error:
             raise type(error)(f"{path}: {error}") from None
-        found[path] = Parameter(leaf.shape, leaf.dtype, functools.partial(_merged, lazy, "kernel"))
+        found[path] = _whole(leaf.shape, leaf.dtype, functools.partial(_merged, lazy, "kernel"))
         if bias is not None:
             if not path.endswith("kernel"):
                 raise MergeError(f"{path}: merging needs a bias, and a parameter of that name has no place for one")
             dtype = leaf.dtype if leaf.bias is None else leaf.bias.dtype
             matrix = functools.partial(_merged, lazy, "bias")
-            biases[path.removesuffix("kernel") + "bias"] = Parameter(bias.shape, dtype, matrix)
+            biases[path.removesuffix("kernel") + "bias"] = _whole(bias.shape, dtype, matrix)
     return found | biases
+
+
+def _whole(shape: tuple[int, ...], dtype: Any, matrix: Callable[..., jax.Array]) -> Parameter:
+    def parts(*args: Any) -> Iterator[jax.Array]:
+        yield matrix(*args)
+
+    return Parameter(shape, dtype, matrix, parts)
 
 
 def of_array(array: Any) -> Parameter:
@@ -83,13 +94,32 @@ def of_array(array: Any) -> Parameter:
             return jnp.asarray(array)
         return _part(array, layer, transposed=transposed, dtype=dtype)
 
-    return Parameter(tuple(array.shape), array.dtype, matrix)
+    def parts(layer: int | None, transposed: bool, dtype: Any) -> Iterator[jax.Array]:
+        shape = array.shape if layer is None else array.shape[1:]
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        axis = len(shape) - 1 if transposed else 0  # of the array, for the rows of what is written
+        count = math.ceil(shape[axis] / math.ceil(size / PART)) if size > PART and len(shape) > 1 else 0
+        if not count:
+            yield matrix(layer, transposed, dtype)
+            return
+        for row in range(0, shape[axis], count):
+            rows = min(count, shape[axis] - row)
+            source, at = (array[layer], None) if isinstance(array, np.ndarray) and layer is not None else (array, layer)
+            yield _part(source, at, row, rows=rows, transposed=transposed, dtype=dtype)
+
+    return Parameter(tuple(array.shape), array.dtype, matrix, parts)
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _part(array: jax.Array, layer: int | None, *, transposed: bool, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("rows", "transposed", "dtype"))
+def _part(
+    array: jax.Array, layer: int | None, row: int = 0, *, rows: int | None = None, transposed: bool, dtype: Any
+) -> jax.Array:
+    """A layer, or some rows of it, as they are written: columns of the array where it is transposed."""
     if layer is not None:
         array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False, allow_negative_indices=False)
+    if rows is not None:
+        axis = array.ndim - 1 if transposed else 0
+        array = jax.lax.dynamic_slice_in_dim(array, row, rows, axis, allow_negative_indices=False)
     return jax.lax.convert_element_type(array.T if transposed else array, dtype)
 
 
@@ -104,22 +134,8 @@ def _merged_part(lazy: LazyWeight, layer: int | None, *, field: str, transposed:
 
 
 def _merge(lazy: LazyWeight, layer: Any) -> Linear:
-    """One layer, or all, merged in at least float32; the bias is None where the adapter leaves it as it is."""
-    w = lazy if layer is None else _layer_of(lazy, layer)
-
-    def merge(kernel: jax.Array, bias: jax.Array | None, factors: Any, active: jax.Array | None) -> Linear:
-        base = jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), Linear(kernel, bias))
-        merged = w.adapter.merge(factors, base)
-        if merged.bias is base.bias or merged.bias is None:
-            merged, base = merged._replace(bias=None), base._replace(bias=None)
-        elif base.bias is None:
-            base = base._replace(bias=jnp.zeros_like(merged.bias))
-        return merged if active is None else jax.tree.map(functools.partial(jnp.where, active), merged, base)
-
-    for _ in views.of_role(w.axes, "b"):
-        merge = jax.vmap(merge)
-    merged = merge(views.canonical(w.kernel, w.axes), w.bias, w.factors, w.active)
-    return merged._replace(kernel=views.restore(merged.kernel, w.axes, w.shape))
+    """One layer, or all."""
+    return (lazy if layer is None else _layer_of(lazy, layer)).merged()
 
 
 def _layer_of(lazy: LazyWeight, layer: Any) -> LazyWeight:

@@ -201,14 +201,14 @@ def test_bert_gets_a_new_pooler_with_a_new_sequence_classifier(tmp_path, caplog)
 
 Q1 = "bert.encoder.layer.1.attention.self.query.weight"
 REFUSED_TENSORS = {
-    "missing": (lambda t: {n: v for n, v in t.items() if n != Q1}, rf"lacks 1 of 37 tensors, first '{Q1[5:]}'"),
+    "missing": (lambda t: {n: v for n, v in t.items() if n != Q1}, rf"lacks 1 of 37 tensors: '{Q1[5:]}'"),
     "foreign": (
         lambda t: {**t, "bert.encoder.layer.0.crossattention.self.query.weight": np.ones((24, 24), np.float32)},
-        r"crossattention.* not in the architecture",
+        r"not in the architecture .*crossattention",
     ),
     "relative": (
         lambda t: {**t, "bert.encoder.layer.0.attention.self.distance_embedding.weight": np.ones((39, 6), np.float32)},
-        r"distance_embedding.* not in the architecture",
+        r"not in the architecture .*distance_embedding",
     ),
     "twice": (lambda t: {**t, Q1[5:]: t[Q1]}, r"which are one tensor"),
 }

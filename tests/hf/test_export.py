@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 
 import hadamax as hx
 import hadamax.hf.export
+from hadamax import tensor_files
 from hadamax.errors import CheckpointError, ConfigError, MergeError
-from hadamax.hf import load_pretrained, save_pretrained, tensor_files
+from hadamax.hf import load_pretrained, save_pretrained
 from hadamax.hf.families import expected_leaves
 from hadamax.models import Decoder, DecoderConfig, Llama3Rope
 
@@ -224,7 +225,8 @@ def test_an_error_at_any_write_leaves_nothing_behind(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import jax, jax.numpy as jnp
-from hadamax.hf import export, tensor_files
+from hadamax import tensor_files
+from hadamax.hf import export
 from hadamax.models import Decoder, DecoderConfig
 
 config = DecoderConfig(7, 4, 5, 1, 1, 1, 4)

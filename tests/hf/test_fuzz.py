@@ -19,8 +19,8 @@ from hadamax.errors import HadamaxError
 from hadamax.files import read_json
 from hadamax.hf import families, load_pretrained, save_pretrained
 from hadamax.hf.load import _check_sizes, flat, match
-from hadamax.hf.tensor_files import DTYPES, read_header, stored_tensors
 from hadamax.models import DecoderConfig, EncoderConfig
+from hadamax.tensor_files import DTYPES, read_header, stored_tensors
 
 CONFIGS = {
     "llama": ("causal_lm", DecoderConfig(11, 8, 12, 2, 2, 1, 4, attention_bias=True, eos_token_id=(1, 2))),

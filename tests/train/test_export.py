@@ -115,7 +115,7 @@ def test_a_lower_rank_reports_the_error_that_it_makes(make_config, tmp_path, cap
     assert len(errors) == len(result.adapters) and all(0 < error < 100 for error in errors)
     assert float(re.search(r"by at most (\S+) ", out)[1]) > 1e-4
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 1, ["norm"])
+    assert (config["peft_type"], config["r"], config["modules_to_save"]) == ("LORA", 1, ["model.norm"])
     assert config["base_model_name_or_path"] == load_run(run).config.model.base
 
 

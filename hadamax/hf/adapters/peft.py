@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hadamax import paths
+from hadamax import native, paths
 from hadamax.adapter import Factors
 from hadamax.errors import CheckpointError, ConfigError
 from hadamax.files import new_directory, read_json
@@ -26,13 +26,14 @@ from hadamax.hf.adapters.sites import (
     unified,
 )
 from hadamax.hf.adapters.tensors import read_safetensors, read_torch
-from hadamax.hf.tensor_files import Piece, inside, write_tensors
 from hadamax.inject import Injection
+from hadamax.native import Loaded
+from hadamax.tensor_files import Piece, inside, write_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-def load_adapter(source: str | Path, model: families.Model, params: Any) -> tuple[Injection, dict[str, Factors], Any]:
+def load_adapter(source: str | Path, model: families.Model, params: Any) -> Loaded:
     """Loads an adapter that others trained, for one of our models.
 
     Takes a PEFT directory (or a hub id) of LoRA, rsLoRA, DoRA, LoHa, HiRA, (IA)^3 or GraLoRA, a LyCORIS LoHa or LoRA
@@ -45,7 +46,7 @@ def load_adapter(source: str | Path, model: families.Model, params: Any) -> tupl
         params: its parameters.
 
     Returns:
-        `(injection, adapters, base)`. `base` holds the base leaves that were trained along (`modules_to_save`,
+        `(injection, adapters, base)`; `base` holds the base leaves that were trained along (`modules_to_save`,
         `bias="all"`), with None for all others: `params = hx.join(base, params)` puts them in place.
 
     Raises:
@@ -69,13 +70,19 @@ def load_adapter(source: str | Path, model: families.Model, params: Any) -> tupl
     if path.is_file():
         if (path.parent / CONFIG).exists():
             raise CheckpointError(f"{path} is one file of an adapter; give its directory")
-        return *lycoris.load(path, model, params), _nothing(params)
+        return Loaded(*lycoris.load(path, model, params), _nothing(params))
     top = hub.directory_of(source, (*hub.WEIGHTS, f"*{PICKLE}"))
     directory = _adapter_directory(top)
     if not (directory / CONFIG).exists():
+        if (directory / native.CONFIG).is_file():
+            raise CheckpointError(f"{directory} has hadamax's own format: load it with hx.load_adapters")
+        if (directory / "config.json").is_file():
+            raise CheckpointError(f"{directory} holds a model, no adapter: load it with hx.hf.load_pretrained")
+        if (directory / WEIGHTS).is_file():
+            raise CheckpointError(f"{directory} holds {WEIGHTS}, but not the {CONFIG} that belongs to it")
         files = sorted(file.name for file in directory.glob("*.safetensors"))
         if len(files) == 1:
-            return *lycoris.load(inside(directory, files[0]), model, params), _nothing(params)
+            return Loaded(*lycoris.load(inside(directory, files[0]), model, params), _nothing(params))
         raise CheckpointError(f"{directory} holds no {CONFIG}; found {', '.join(files) or 'no safetensors file'}")
 
     def file(name: str) -> Path:
@@ -85,7 +92,7 @@ def load_adapter(source: str | Path, model: families.Model, params: Any) -> tupl
     pickled = (directory / PICKLE).exists() and not (directory / WEIGHTS).exists()
     tensors = read_torch(file(PICKLE)) if pickled else read_safetensors(file(WEIGHTS))
     if {"r1", "r2"} <= config.keys() and str(config.get("peft_type")) not in SUFFIXES:
-        return *abba_official.load(config, tensors, model, params, directory), _nothing(params)
+        return Loaded(*abba_official.load(config, tensors, model, params, directory), _nothing(params))
     peft_config.check(config, directory / CONFIG)
     factors, rest = _sorted(tensors, SUFFIXES[config["peft_type"]], directory)
     known = sites(model, paths.leaves(params))
@@ -98,7 +105,7 @@ def load_adapter(source: str | Path, model: families.Model, params: Any) -> tupl
         raise CheckpointError(
             f"{directory} lacks the factors of {len(absent)} modules that target_modules names, first {absent[0]!r}"
         )
-    return injection, adapters, peft_base.read(rest, model, params, directory)
+    return Loaded(injection, adapters, peft_base.read(rest, model, params, directory))
 
 
 def _adapter_directory(directory: Path) -> Path:
@@ -166,7 +173,10 @@ def save_adapter(
 
     Example: see `load_adapter`.
     """
-    entries = _expressible(entries_of(model, injection, adapters), injection)
+    entries = entries_of(model, injection, adapters)
+    if not entries:
+        raise ConfigError("no adapters, which PEFT has no form for: save the base leaves with hx.save_adapters")
+    entries = _expressible(entries, injection)
     leaves = families.expected_leaves(model)
     known = sites(model, leaves)
     tensors: dict[str, np.ndarray] = {}
@@ -179,8 +189,13 @@ def save_adapter(
     config = peft_config.written(entries, known, saved, bias, model.task, base_model_name_or_path)
     with new_directory(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        pieces = [Piece(name, value.shape, value.dtype, lambda v=value: v) for name, value in (tensors | held).items()]
+        written = (tensors | held).items()
+        pieces = [Piece(name, value.shape, value.dtype, lambda value=value: [value]) for name, value in written]
         write_tensors(temporary / WEIGHTS, pieces)
+
+
+_CONVERT = "convert it with hx.convert (train.export: --as), "
+_ADVICE = {"hadamard_adapter": ""}  # shifts the output, which no method of PEFT does
 
 
 def _expressible(entries: Mapping[str, Entry], injection: Injection) -> dict[str, Entry]:
@@ -188,7 +203,8 @@ def _expressible(entries: Mapping[str, Entry], injection: Injection) -> dict[str
     for entry_ in entries.values():
         if (method := entry_.config["method"]) not in TYPES:
             raise ConfigError(
-                f"PEFT has no {method}: convert it with hx.convert, merge it, or keep it with hx.save_adapters"
+                f"PEFT has no {method}: {_ADVICE.get(method, _CONVERT)}merge it, or keep it with hx.save_adapters"
+                " (train.export: --adapter native)"
             )
     kinds = {(e.config["method"], e.config.get("rslora", False), e.config.get("blocks")) for e in entries.values()}
     if len(kinds) > 1:

@@ -7,7 +7,7 @@ import numpy as np
 
 from hadamax.errors import CheckpointError
 from hadamax.files import check_file
-from hadamax.hf.tensor_files import DTYPES, read_header
+from hadamax.tensor_files import DTYPES, read_header
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -183,12 +183,12 @@ def inside(directory: Path, name: str) -> Path:
 
 
 class Piece(NamedTuple):
-    """A tensor to write, computed when its turn comes."""
+    """A tensor to write, computed when its turn comes, in one or several parts along its first axis."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Iterable[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
@@ -212,11 +212,18 @@ def write_tensors(path: Path, pieces: Iterable[Piece]) -> None:
     with open(path, "xb", buffering=0) as file:
         _write(file, len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            value = np.ascontiguousarray(piece.read())
-            if (value.shape, value.dtype) != (piece.shape, piece.dtype):
-                raise ValueError(f"{piece.name}: expected {piece.dtype}{piece.shape}, got {value.dtype}{value.shape}")
-            _write(file, value.reshape(-1).view(np.uint8))
-            del value  # before the next one is computed
+            written = 0
+            for part in piece.read():
+                value = np.ascontiguousarray(part)
+                if value.dtype != piece.dtype or value.shape[1:] != piece.shape[1:]:
+                    raise ValueError(
+                        f"{piece.name}: {value.dtype}{value.shape} is no part of {piece.dtype}{piece.shape}"
+                    )
+                _write(file, value.reshape(-1).view(np.uint8))
+                written += value.nbytes
+                del part, value  # before the next one is computed
+            if written != piece.nbytes:
+                raise ValueError(f"{piece.name}: expected {piece.nbytes} bytes, got {written}")
 
 
 def _write(file: Any, data: Any) -> None:
