@@ -334,7 +334,7 @@ BAD_CONFIGS = {
     "entry": (put(3, "base", "weights", "head/bias"), "'head/bias' must be an object, found 3"),
     "rules": (put({}, "injection", "rules"), "the injection's configuration|needs rules|not an injection"),
     "injection": (put("x", "injection"), "not an injection's configuration"),
-    "injection-version": (put(9, "injection", "version"), "version 9, expected 1"),
+    "injection-version": (put(9, "injection", "version"), "configuration of version 9; known: 1"),
     "rank": (put(10**9, "injection", "rules", 0, "adapter", "r1"), "exceeds"),
     "alpha": (put(10**400, "injection", "rules", 0, "adapter", "alpha"), "not an injection's configuration"),
     "method": (put("abab", "injection", "rules", 0, "adapter", "method"), "unknown method 'abab'; nearest: 'abba'"),
@@ -356,7 +356,10 @@ def test_a_directory_that_is_none_of_ours(tmp_path, saved):
         hx.load_adapters(tmp_path / "nowhere", saved[3])
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    with pytest.raises(hx.CheckpointError, match=r"holds no hadamax_adapter.json; this is a PEFT adapter, for hx.hf"):
+    with pytest.raises(
+        hx.CheckpointError,
+        match=r"holds no hadamax_adapter.json; this is a PEFT adapter: load it with hx.hf.load_adapter",
+    ):
         hx.load_adapters(tmp_path / "peft", saved[3])
     (saved[0] / native.WEIGHTS).unlink()
     with pytest.raises(hx.CheckpointError, match=r"hadamax_adapter.safetensors"):

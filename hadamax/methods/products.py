@@ -50,13 +50,18 @@ def check_positive(method: str, **values: int | None) -> None:
             raise ConfigError(f"{method}: {name} must be a positive integer, found {value!r}")
 
 
+_LARGEST = 1e18  # its square is a float32, too
+
+
 def check_number(method: str, **values: float | None) -> None:
     """Raise ConfigError unless every value is a finite real number; an `alpha` also not 0. None passes."""
     for name, value in values.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
             raise ConfigError(f"{method}: {name} must be a finite number, found {value!r}")
+        if abs(value) > _LARGEST:
+            raise ConfigError(f"{method}: {name} must be at most {_LARGEST:g} in size, found a larger one")
         if name == "alpha" and value == 0:
             raise ConfigError(f"{method}: alpha 0 would make the update zero for ever; give another value")
 

@@ -225,7 +225,8 @@ def test_tensors_of_the_encoder_itself_must_be_there_and_be_all(tmp_path, edit, 
 def test_an_architecture_without_a_task_here_asks_for_one(tmp_path):
     bert(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"'BertForPreTraining' is not implemented; give task=, one of hidden, pooled"
+        ConfigError,
+        match=r"'BertForPreTraining' is not implemented; implemented: BertModel, .*; or give task=, one of hidden, pooled",
     ):
         load_pretrained(tmp_path)
 

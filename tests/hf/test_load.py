@@ -15,27 +15,7 @@ import hadamax.hf.load
 from hadamax.errors import CheckpointError, ConfigError
 from hadamax.hf import load_pretrained
 
-from .conftest import LLAMA3_ROPE, SIZES, assert_same, logits_of, torch_logits
-
-FAMILY = {
-    "grouped-query": {},
-    "llama3-rope-tied": {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
-    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
-    "own-head-dim": {"head_dim": 10, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
-}
-
-
-@pytest.mark.parametrize("overrides", FAMILY.values(), ids=FAMILY)
-def test_logits_equal_those_of_transformers_with_padding_on_either_side(llama, batch, overrides):
-    reference = llama(**overrides)
-    ids, mask = batch
-    expected = reference.logits(ids, mask)
-    assert np.abs(expected).max() > 1.0  # else the tolerance would say nothing
-    for scan_layers in (True, False):
-        model, params, config = load_pretrained(reference.directory, scan_layers=scan_layers)
-        logits = np.asarray(logits_of(model, params, ids, mask))
-        assert config.num_hidden_layers == SIZES["num_hidden_layers"]
-        assert np.abs(logits - expected)[mask == 1].max() < 1e-4
+from .conftest import assert_same, logits_of, torch_logits
 
 
 def test_without_a_mask_every_position_counts(llama, batch):
@@ -229,31 +209,11 @@ def bert(tmp_path):
     return make
 
 
-def old_names(tensors):
-    for new, old in (("bert.", ""), ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
-        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
-    return tensors | {"embeddings.position_ids": np.arange(64)[None, :]}
-
-
-def test_old_names_without_the_prefix_are_the_same_tensors(bert):
-    _, expected, _ = load_pretrained(bert("BertForMaskedLM"))
-    _, found, _ = load_pretrained(bert("BertForMaskedLM", old_names))
-    assert_same(found, expected)
-
-
 def test_two_tensors_of_one_name_are_refused(bert):
     name = "embeddings.word_embeddings.weight"
     directory = bert("BertModel", lambda tensors: tensors | {"bert." + name: tensors[name]})
     with pytest.raises(CheckpointError, match=rf"has '(bert\.)?{name}' and '(bert\.)?{name}', which are one tensor"):
         load_pretrained(directory)
-
-
-def test_heads_that_the_task_does_not_use_are_listed_once(bert, caplog):
-    with caplog.at_level(logging.WARNING, "hadamax"):
-        load_pretrained(bert(), task="hidden")
-    (record,) = caplog.records
-    assert "tensors are not used for hidden: 'bert.pooler.dense.bias', " in record.getMessage()
-    assert record.getMessage().endswith(", ...") and "\n" not in record.getMessage()
 
 
 def test_a_new_head_is_initialised_the_same_each_time_and_said(bert, caplog):

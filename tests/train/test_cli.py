@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -102,6 +103,19 @@ def test_a_base_without_a_tokenizer(run, base_dir, tmp_path):
     code, err = run("--model.base", str(tmp_path / "bare"))
     assert code == 1
     assert "has no tokenizer" in err
+
+
+def test_an_encoder_is_refused(run, base_dir, tmp_path):
+    from hadamax import hf
+    from hadamax.models import Encoder, EncoderConfig
+
+    config = EncoderConfig(80, 16, 24, 2, 2, max_position_embeddings=32)
+    model = Encoder(config)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    hf.save_pretrained(tmp_path / "bert", model, params, config, tokenizer_from=base_dir)
+    code, err = run("--model.base", str(tmp_path / "bert"))
+    assert code == 1
+    assert "task 'causal_lm' is unknown for bert" in err
 
 
 def test_a_truncated_checkpoint(run, tmp_path):

@@ -149,3 +149,20 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, arguments, messa
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_adapters_has_a_native_directory(make_config, tmp_path, capsys):
+    config = make_config(adapter={"method": None, "rank": None, "train_base": ["scale"]}, optim={"lr": 0.1})
+    finetune(config)
+    arguments = ["--run", config.run.out, "--out", str(tmp_path / "out"), "--adapter"]
+    assert cli.run(main, [*arguments, "peft"]) == 1
+    assert "has no adapters, only trained base parameters" in capsys.readouterr().err
+    main([*arguments, "native", "--verify"])
+    assert float(re.search(r"by at most (\S+) ", capsys.readouterr().out)[1]) < 1e-5
+
+
+def test_a_target_that_is_taken_is_refused_before_the_run_is_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "exists and is not empty"), (tmp_path / "file" / "x", "file is a file")):
+        assert cli.run(main, ["--run", "absent", "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
