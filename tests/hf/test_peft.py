@@ -408,7 +408,7 @@ def test_nothing_outside_of_the_directory_is_read(directory, tmp_path):
     (path / "adapter_model.safetensors").symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(CheckpointError, match="link out of the directory"):
         hx.hf.load_adapter(path, model, params)
-    with pytest.raises(CheckpointError, match="base holds a model, no adapter: load it with hx.hf.load_pretrained"):
+    with pytest.raises(CheckpointError, match=r"base holds a model, no adapter: load it with hx\.hf\.load_pretrained"):
         hx.hf.load_adapter(tmp_path / "base", model, params)
     with pytest.raises(CheckpointError, match="is one file of an adapter; give its directory"):
         hx.hf.load_adapter(path / "adapter_model.safetensors", model, params)
@@ -418,7 +418,7 @@ def test_directories_of_other_kinds_say_what_they_are(directory, tmp_path):
     model, params, path = directory
     injection = hx.inject({"q_proj": hx.boha(4, blocks=2)}, view=model.view)
     hx.save_adapters(tmp_path / "native", injection, random_adapters(injection, params), params)
-    with pytest.raises(CheckpointError, match="hadamax's own format: load it with hx.load_adapters"):
+    with pytest.raises(CheckpointError, match=r"hadamax's own format: load it with hx\.load_adapters"):
         hx.hf.load_adapter(tmp_path / "native", model, params)
     for folder, function in ((path, "hx.hf.load_adapter"), (tmp_path / "native", "hx.load_adapters")):
         with pytest.raises(CheckpointError, match=f"holds an adapter: load its base, and then it with {function}"):
@@ -448,7 +448,7 @@ def test_what_peft_cannot_express_is_refused_with_advice(directory, tmp_path):
     for adapter in (hx.abba(4), hx.boha(4, blocks=2), hx.add(hx.lora(2), hx.hira(2))):
         with pytest.raises(ConfigError, match=r"PEFT has no \w+: convert it with hx.convert.*hx.save_adapters"):
             save({"q_proj": adapter})
-    with pytest.raises(ConfigError, match="PEFT has no hadamard_adapter: merge it, or keep it with hx.save_adapters"):
+    with pytest.raises(ConfigError, match=r"PEFT has no hadamard_adapter: merge it, or keep it with hx\.save_adapters"):
         save({"q_proj": hx.hadamard_adapter()})
     with pytest.raises(ConfigError, match=r"one method, found 'q_proj': lora, 'k_proj': lora \(rslora\)"):
         save({"q_proj": hx.lora(2), "k_proj": hx.lora(2, rslora=True)})
