@@ -162,6 +162,11 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise CheckpointError(f"{directory / file} lacks tensor {name!r}, which {INDEX} puts there")
+    unnamed = {name: (file, stored) for file, header in headers.items() for name, stored in header.items()}
+    unnamed = {name: found for name, found in unnamed.items() if name not in weight_map}
+    if unnamed:  # transformers would read them: to leave them out could change the model
+        name, (file, _) = next(iter(unnamed.items()))
+        raise CheckpointError(f"{directory / file} holds tensor {name!r}, which {INDEX} does not name; add it there")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 

@@ -268,7 +268,7 @@ def _read_windows(config: Mapping[str, Any], by_default: Callable) -> dict[str, 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # as transformers 5
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"{key} must be a mapping, found {rope!r}")

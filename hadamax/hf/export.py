@@ -122,9 +122,16 @@ def _pieces(leaves: Mapping[str, Parameter], model: families.Model, dtype: np.dt
                 f"{path}: dtype {kind.name} cannot be written; give dtype=, one of {', '.join(map(str, NAMES))}"
             )
         for t in tensors:
-            parts = functools.partial(leaf.parts, t.layer, t.transposed, kind)
-            pieces.append(Piece(t.name, t.shape(leaf.shape), kind, lambda parts=parts: map(np.asarray, parts())))
+            parts = functools.partial(_parts, t.name, leaf, t.layer, t.transposed, kind)
+            pieces.append(Piece(t.name, t.shape(leaf.shape), kind, parts))
     return sorted(pieces, key=lambda piece: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", piece.name)])
+
+
+def _parts(name: str, leaf: Parameter, layer: int | None, transposed: bool, kind: np.dtype) -> Iterator[np.ndarray]:
+    for part in map(np.asarray, leaf.parts(layer, transposed, kind)):
+        if kind == np.float16 and leaf.dtype != kind and not np.isfinite(part).all():
+            raise ConfigError(f"{name}: numbers beyond 65504 are infinite in float16; write bfloat16 or float32")
+        yield part
 
 
 def _shards(pieces: list[Piece], limit: int) -> Iterator[list[Piece]]:

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint directory as a model and its parameters."""
 
 import functools
+import itertools
 import logging
 import math
 from collections import Counter
@@ -73,6 +74,8 @@ def load_pretrained(
     stored = stored_tensors(directory)
     _check_sizes(config, stored)
     leaves, found = match(families.build(config, task=task, scan_layers=scan_layers), stored, directory)
+    if task in ("causal_lm", "masked_lm"):  # no other reads the head
+        _check_tied(config, stored, directory)
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
     params = {path: _read_leaf(leaves[path].shape, tensors, dtype, shardings[path]) for path, tensors in found.items()}
     dtype = main_dtype(params) if dtype is None else dtype
@@ -189,6 +192,32 @@ def _check_sizes(config: families.Config, stored: Mapping[str, Stored]) -> None:
         if (size := getattr(config, name, 0)) > limit:
             what = "tensors" if name == "num_hidden_layers" else "numbers in the largest tensor"
             raise CheckpointError(f"config.json says {name} {size}, but the files have only {limit} {what}")
+
+
+def _check_tied(config: families.Config, stored: Mapping[str, Stored], directory: Path) -> None:
+    """Refuses a head that config.json ties to the embedding though it holds other numbers: transformers 5 unties it."""
+    if not getattr(config, "tie_word_embeddings", True):
+        return
+    known = {families.family_of(config.model_type).rename(name): name for name in stored}
+    heads = ("lm_head.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight")
+    tables = (name for name in known if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    for table, head in itertools.product(tables, heads):
+        if head not in known:
+            continue
+        one, other = stored[known[table]], stored[known[head]]
+        if not {one.dtype, other.dtype} <= DTYPES.keys() or not one.shape:
+            continue  # `match` refuses it
+        rows = max(1, _PART // max(1, one.nbytes // max(1, one.shape[0])))
+        same = one.shape == other.shape and all(
+            np.array_equal(one.read((slice(at, at + rows),)), other.read((slice(at, at + rows),)))
+            for at in range(0, one.shape[0], rows)
+        )
+        if not same:
+            way = "set tie_word_embeddings to false there, or " * hasattr(config, "tie_word_embeddings")
+            raise CheckpointError(
+                f"{directory}: {known[head]!r} differs from {known[table]!r}, to which config.json ties it; {way}remove"
+                " the tensor"
+            )
 
 
 def _read_leaf(

@@ -56,7 +56,8 @@ def parameters(params: Mapping[str, Any]) -> dict[str, Parameter]:
     """
     found: dict[str, Parameter] = {}
     biases: dict[str, Parameter] = {}
-    for path, leaf in flat(params.get("params", params)).items():
+    leaves = flat(params.get("params", params))
+    for path, leaf in leaves.items():
         if not isinstance(leaf, LazyWeight):
             found[path] = of_array(leaf)
             continue
@@ -71,9 +72,9 @@ def parameters(params: Mapping[str, Any]) -> dict[str, Parameter]:
         if bias is not None:
             if not path.endswith("kernel"):
                 raise MergeError(f"{path}: merging needs a bias, and a parameter of that name has no place for one")
-            dtype = leaf.dtype if leaf.bias is None else leaf.bias.dtype
+            where = path.removesuffix("kernel") + "bias"
             matrix = functools.partial(_merged, lazy, "bias")
-            biases[path.removesuffix("kernel") + "bias"] = _whole(bias.shape, dtype, matrix)
+            biases[where] = _whole(bias.shape, leaves.get(where, leaf).dtype, matrix)
     return found | biases
 
 

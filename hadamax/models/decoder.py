@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1])[None, :], input_ids.shape)
             if attention_mask is not None:
-                positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+                positions = jnp.maximum(jnp.cumsum(attention_mask.astype(bool), axis=1) - 1, 0)
         slots = jnp.arange(input_ids.shape[1])[None, :]
         return self._hidden(input_ids, positions, mask, (slots, slots))[0]
 

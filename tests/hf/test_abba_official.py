@@ -139,3 +139,16 @@ def test_without_torch_a_pickle_is_refused_with_the_reason(official, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(CheckpointError, match="only PyTorch reads safely: install torch"):
         tensors.read_torch(directory / "adapter_model.bin")
+
+
+def test_tensors_that_claim_numbers_they_have_not_are_refused(official):
+    reference, directory, _, factors = official
+    model, params, _ = hx.hf.load_pretrained(reference.directory)
+    claims = {
+        "huge": torch.zeros(1, dtype=torch.bfloat16).as_strided((10**7, 10**7), (0, 0)),
+        "meta": torch.zeros(3, device="meta"),
+    }
+    for value in claims.values():
+        write(directory, {**factors, "model.layers.0.self_attn.q_proj.lora_A1.default": value})
+        with pytest.raises(CheckpointError, match="claims numbers it has not"):
+            hx.hf.load_adapter(directory, model, params)

@@ -344,3 +344,8 @@ def test_a_strange_value_of_any_key_is_read_or_refused_in_one_line(name):
         else:
             assert read_config(write_config(config, task)) == (config, task), change
     assert len(changes) / 3 < refused < len(changes)
+
+
+def test_where_both_forms_of_the_rope_stand_the_older_counts_as_in_transformers():
+    both = {**SIZES, "rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}
+    assert read_config(both)[0].rope_scaling == Llama3Rope(**LLAMA3)

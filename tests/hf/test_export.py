@@ -24,6 +24,7 @@ from hadamax import tensor_files
 from hadamax.errors import CheckpointError, ConfigError, MergeError
 from hadamax.hf import load_pretrained, save_pretrained
 from hadamax.hf.families import expected_leaves
+from hadamax.hf.parameters import parameters
 from hadamax.models import Decoder, DecoderConfig, Llama3Rope
 
 from .conftest import SIZES, assert_same, logits_of, torch_logits
@@ -318,3 +319,19 @@ def test_numpy_parameters_and_dtypes_that_files_have_no_name_for(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="dtype float8_e4m3fn cannot be written"):
         save_pretrained(tmp_path / "c", Decoder(BASE), params, BASE, dtype="float8_e4m3fn")
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
+    params = jax.tree.map(lambda leaf: leaf * 1e6, random_params(BASE))
+    with pytest.raises(ConfigError, match="infinite in float16; write bfloat16 or float32"):
+        save_pretrained(tmp_path / "out", Decoder(BASE), params, BASE, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("base", "written"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_bias_that_is_merged_has_the_dtype_of_the_leaf_that_it_replaces(base, written):
+    params = {"dense": {"kernel": jnp.ones((3, 2), base), "bias": jnp.ones(2, base)}}
+    injection = hx.inject({"dense": hx.hadamard_adapter()})
+    bound = injection.bind(params, injection.init(jax.random.key(0), params))["dense"]
+    bound = {"kernel": bound["kernel"].replace(dtype=jnp.dtype(written)), "bias": bound["bias"].astype(written)}
+    assert {p.dtype.name for p in parameters({"dense": bound}).values()} == {written}

@@ -266,3 +266,27 @@ def test_a_misspelt_hub_id_says_what_to_check(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"could not be fetched from the hub: it does not exist.*owner/name"):
         load_pretrained("meta-lama/Llama")
+
+
+def test_a_tied_head_with_other_numbers_is_refused(llama):
+    reference = llama()  # untied
+    path = reference.directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs from .*; set tie_word_embeddings to false"):
+        load_pretrained(reference.directory)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_refused(llama):
+    reference = llama(max_shard_size="10KB")
+    path = reference.directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"holds tensor 'model.norm.weight', which .* does not name"):
+        load_pretrained(reference.directory)
+
+
+def test_any_mask_that_is_not_zero_counts_as_a_token(llama, batch):
+    model, params, _ = load_pretrained(llama().directory)
+    ids, mask = batch
+    assert np.array_equal(logits_of(model, params, ids, 3 * mask), logits_of(model, params, ids, mask))

@@ -16,12 +16,14 @@ from safetensors.numpy import load_file, save_file
 import hadamax as hx
 from hadamax import paths
 from hadamax.errors import CheckpointError, ConfigError
+from tests.hf import parity, parity_encoders
 from tests.hf.conftest import assert_same, logits_of, torch_logits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks it
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
+WEIGHTS = "adapter_model.safetensors"
 QV = ["q_proj", "v_proj"]
 ALL = [*QV, "o_proj", "up_proj", "down_proj"]
 
@@ -524,3 +526,58 @@ def test_other_families_and_trained_heads(name, tmp_path):
     assert_same(back, {key: value for key, value in theirs_.items() if not key.endswith("decoder.bias")})
     written, original = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("back", "theirs"))
     assert written["task_type"] == original["task_type"]
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_rank_above_the_matrix_is_the_same_function(config, llama, batch, tmp_path):
+    reference = llama()
+    lora = peft.LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj", "k_proj"], **config)  # k_proj is [24, 12]
+    theirs = random_peft(reference.model, lora)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load(reference, tmp_path / "theirs", scan_layers=False)
+    assert_close(merged_logits(*loaded, batch), torch_logits(theirs, *batch), batch[1], reference.logits(*batch))
+
+
+def test_a_module_to_save_that_the_file_lacks_is_refused(llama, tmp_path):
+    reference = llama()
+    random_peft(reference.model, CONFIGS["lora-head-saved"]).save_pretrained(tmp_path / "a")
+    tensors = tensors_in(tmp_path / "a")
+    save_file({key: v for key, v in tensors.items() if "lm_head" not in key}, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(CheckpointError, match="lacks the tensors of 'lm_head', which modules_to_save names"):
+        load(reference, tmp_path / "a")
+
+
+@pytest.mark.parametrize("pattern", [".?" * 33 + "[!]", "(?:" * 2000 + ")" * 2000, "(a+)+", "|".join("ab" * 99)])
+def test_a_pattern_that_could_take_for_ever_is_refused(pattern, llama, tmp_path):
+    reference = llama()
+    random_peft(reference.model, peft.LoraConfig(**LORA)).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {pattern: 16}}))
+    with pytest.raises(ConfigError, match="write it simpler"):
+        load(reference, tmp_path / "a")
+
+
+def test_hira_on_a_scaled_embedding_is_refused_both_ways(tmp_path):
+    base = parity.reference(parity.decoder_cases()["gemma2, no caps, biases"])
+    base.save_pretrained(tmp_path / "base")
+    random_peft(base, peft.HiraConfig(r=2, target_modules=["embed_tokens"])).save_pretrained(tmp_path / "a")
+    model, params, _ = hx.hf.load_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="HiRA of a scaled embedding"):
+        hx.hf.load_adapter(tmp_path / "a", model, params)
+    injection = hx.inject({"embed_tokens": hx.hira(2)})
+    with pytest.raises(CheckpointError, match="HiRA of a scaled embedding"):
+        hx.hf.save_adapter(tmp_path / "b", model, injection, random_adapters(injection, params))
+
+
+def test_all_biases_and_a_trained_head_of_an_encoder(tmp_path):
+    case = parity_encoders.encoder_cases()["Roberta sequence"]
+    base, inputs = case.reference(), case.batch()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    theirs = random_peft(base, config)
+    theirs.save_pretrained(tmp_path / "a")
+    assert any(".original_module." in key for key in tensors_in(tmp_path / "a"))
+    model, params, _ = hx.hf.load_pretrained(tmp_path / "base")
+    injection, adapters, trained = hx.hf.load_adapter(tmp_path / "a", model, params)
+    merged = injection.merge(hx.join(trained, params), adapters)
+    np.testing.assert_allclose(case.found(model, merged, inputs), case.expected(theirs, inputs), atol=1e-4)

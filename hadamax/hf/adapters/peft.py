@@ -20,6 +20,7 @@ from hadamax.hf.adapters.sites import (
     entries_of,
     folded,
     located,
+    refuse_scaled,
     refuse_tied,
     rescaled,
     sites,
@@ -100,11 +101,18 @@ def load_adapter(source: str | Path, model: families.Model, params: Any) -> Load
         module: entry(config, module, site, found, directory)
         for (module, found), site in zip(factors.items(), located(model, params, factors, directory), strict=True)
     }
+    for module in entries if config["peft_type"] == "HIRA" else ():
+        refuse_scaled(model, known[module].path, directory)
     injection, adapters = assemble(model, params, entries, directory)
     if absent := sorted((peft_config.selected(config, known) or set()) - factors.keys()):
         raise CheckpointError(
             f"{directory} lacks the factors of {len(absent)} modules that target_modules names, first {absent[0]!r}"
         )
+    for name in peft_config.names(config.get("modules_to_save")) or []:
+        if any(f".{module}.".find(f".{name}.") >= 0 for module in known) and not any(
+            f".{key}.".find(f".{name}.") >= 0 for key in rest
+        ):
+            raise CheckpointError(f"{directory} lacks the tensors of {name!r}, which modules_to_save names")
     return Loaded(injection, adapters, peft_base.read(rest, model, params, directory))
 
 
@@ -128,6 +136,8 @@ def _sorted(
     rest: dict[str, tuple[str, np.ndarray]] = {}
     for key, value in tensors.items():
         name = key.removeprefix(peft_base.PREFIX)
+        if ".original_module." in name or ".modules_to_save." in name:
+            continue  # bias="all" takes these along; what counts stands under the module's own name
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
         place, part = (
             (rest, name.replace(".base_layer.", "."))
@@ -182,6 +192,8 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     for module, (config, factors) in entries.items():
         refuse_tied(model, known[module].path, "save_adapter")
+        if config["method"] == "hira":
+            refuse_scaled(model, known[module].path, "save_adapter")
         for name, value in factors.items():
             key = peft_base.PREFIX + module + suffix_of(config, name, known[module].path)
             tensors[key] = np.ascontiguousarray(encode(config, name, value).astype(np.float32))

@@ -63,7 +63,7 @@ def layer_of(module: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _names(value: Any) -> list[str] | None:
+def names(value: Any) -> list[str] | None:
     """A list of plain strings; None for anything else."""
     if value is None:
         return []
@@ -76,15 +76,15 @@ def selected(config: Mapping[str, Any], modules: Iterable[str]) -> set[str] | No
     None where it names them by regular expressions, which a file that is not trusted should not get to run.
     """
     targets, excluded, saved, layers = (
-        _names(config.get(name)) for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+        names(config.get(name)) for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
     )
     wanted = config.get("layers_to_transform")
     wanted = [wanted] if isinstance(wanted, int) else wanted or []
     if not targets or excluded is None or saved is None or layers or layers is None or not isinstance(wanted, list):
         return None
 
-    def ends(module: str, names: Iterable[str]) -> bool:
-        return any(f".{module}".endswith(f".{name}") for name in names)
+    def ends(module: str, endings: Iterable[str]) -> bool:
+        return any(f".{module}".endswith(f".{name}") for name in endings)
 
     return {
         module

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hadamax.errors import CheckpointError, ConfigError, HadamaxError
-from hadamax.hf.adapters.sites import Entry, Site, factor_shapes
+from hadamax.hf.adapters.sites import Entry, Site, factor_shapes, rescaled, scale_of
 
 SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "LORA": {
@@ -63,7 +63,7 @@ def entry(
         )
     found = {name: tensors[name][1] for name in names}
     try:
-        ours = _adapter_config(config, module, found)
+        ours, found = _capped(_adapter_config(config, module, found), found, site.shape)
         expected = factor_shapes(tuple(ours.items()), site.shape)
     except HadamaxError as error:
         raise type(error)(f"{where}: {module}: {error}") from None
@@ -76,6 +76,22 @@ def entry(
             raise CheckpointError(f"{where}: tensor {tensors[name][0]!r}: expected shape {stored}, found {value.shape}")
         factors[name] = decode(ours, name, value)
     return Entry(ours, factors)
+
+
+def _capped(
+    config: dict[str, Any], found: Mapping[str, np.ndarray], shape: tuple[int, int]
+) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+    """A rank above `min(in, out)`, which PEFT has, as that rank: the product itself and the identity."""
+    limit, rank = min(shape), config.get("rank", 0)
+    shapes = {name: found[name].shape for name in ("a", "b") if name in found}
+    if config["method"] not in ("lora", "dora", "hira") or rank <= limit:
+        return config, found
+    if shapes != {"a": (rank, shape[0]), "b": (shape[1], rank)}:
+        return config, found  # is refused for its shapes
+    product = (found["b"].astype(np.float64) @ found["a"]).astype(found["a"].dtype)
+    eye = np.eye(limit, dtype=product.dtype)
+    a, b = (eye, product) if shape[0] == limit else (product, eye)
+    return rescaled({**config, "rank": limit}, scale_of(config)), {**found, "a": a, "b": b}
 
 
 def _adapter_config(config: Mapping[str, Any], module: str, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -152,8 +168,11 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
         raise ConfigError(f"a pattern mapping is expected, found {patterns!r}")
     for pattern, value in patterns.items():
         # the file is not trusted: repeated groups and many repetitions can run for ever
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 4:
-            raise ConfigError(f"pattern {pattern!r} repeats groups or has more than 4 repetitions; write it simpler")
+        plain = re.sub(r"\\.", "", pattern)
+        if re.search(r"\)[*+?{]", plain) or len(re.findall(r"[*+?{(]", plain)) > 4 or plain.count("|") > 64:
+            raise ConfigError(
+                f"pattern {pattern[:60]!r} repeats groups or has more than 4 repetitions; write it simpler"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

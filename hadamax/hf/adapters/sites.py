@@ -61,6 +61,12 @@ def is_tied(model: families.Model, path: str) -> bool:
     return tied and path.rpartition("/")[0].endswith(("embed_tokens", "word_embeddings"))
 
 
+def refuse_scaled(model: families.Model, path: str, where: object) -> None:
+    """PEFT 0.21's HiRA leaves the scale of a scaled embedding out of its forward, though not out of its merge."""
+    if getattr(model.config, "scale_embeddings", False) and path.endswith("embed_tokens/embedding"):
+        raise CheckpointError(f"{where}: {path}: PEFT's HiRA of a scaled embedding is another one unmerged than merged")
+
+
 def refuse_tied(model: families.Model, path: str, where: object) -> None:
     """PEFT changes the lookup or the head of a tied pair, which is one matrix here."""
     if is_tied(model, path):

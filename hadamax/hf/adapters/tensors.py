@@ -45,9 +45,13 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} must hold named tensors, found {type(loaded).__name__}")
     tensors = {}
     for name, value in loaded.items():
-        if value.layout != torch.strided or not value.is_floating_point():
+        dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if value.layout != torch.strided or value.dtype not in dtypes:
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {value.dtype}; floating point is expected")
-        value = value.detach()
+        value = value.detach().resolve_neg()
+        # a view may claim more entries than its storage has, and be expanded by what follows
+        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: tensor {name!r} of shape {tuple(value.shape)} claims numbers it has not")
         tensors[str(name)] = (value if value.dtype == torch.float64 else value.float()).numpy()
     return tensors
 
