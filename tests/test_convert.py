@@ -261,7 +261,10 @@ def test_every_rule_that_can_is_converted_and_the_others_say_why_not():
     )
     whole = convert.to_lora(injection, adapters, params, rank=8)  # of 8 x 8 matrices
     assert set(whole.kept) == {"layers_0/q/kernel", "layers_1/q/kernel"}
-    assert whole.kept["layers_0/q/kernel"] == "hadamard_adapter also changes the layer's bias, which LoRA cannot"
+    reason = (
+        "hadamard_adapter also changes the layer's bias, which LoRA cannot: merge it, or keep it with hx.save_adapters"
+    )
+    assert whole.kept["layers_0/q/kernel"] == reason
     chex.assert_trees_all_close(
         whole.injection.merge(params, whole.adapters), injection.merge(params, adapters), rtol=1e-5, atol=1e-5
     )
