@@ -105,7 +105,7 @@ def to_lora(
     def convert(stack: _Stack) -> _Form:
         config, limit, needed = stack.config, min(stack.shape), _rank(stack)
         if config["method"] == "lora" and energy is None and config["rank"] <= (rank or limit):
-            alpha = _scale(config) * config["rank"] if config["rslora"] else config["alpha"]
+            alpha = scale_of(config) * config["rank"] if config["rslora"] else config["alpha"]
             return _Form(lora(config["rank"], alpha=alpha), stack.factors)
         if rank is None and energy is None:
             if needed is None:
@@ -141,7 +141,7 @@ def to_loha(injection: Injection, adapters: Mapping[str, Factors], params: Any) 
             raise ConversionError(f"{config['method']} has no LoHa form; only ABBA has")
         if config["r1"] != config["r2"]:
             raise ConversionError(f"LoHa's pairs have one rank, and here r1 = {config['r1']}, r2 = {config['r2']}")
-        alpha = _scale(config) * config["r1"]
+        alpha = scale_of(config) * config["r1"]
         return _Form(loha(config["r1"], alpha=alpha, forward=config["forward"]), stack.factors)
 
     return _converted(injection, adapters, params, convert)
@@ -266,8 +266,16 @@ def _converted(
 # Low-rank forms of one matrix: dW = a @ b, a [in, R], b [R, out], the scale folded into b.
 
 
-def _scale(config: Config) -> float:
-    """s of a method whose update is `s` times a product of its factors."""
+def scale_of(config: Config) -> float:
+    """s of a method whose update is `s` times a product of its factors (and W0).
+
+    Example:
+        >>> import hadamax as hx
+        >>> scale_of(hx.lora(4, alpha=8).config), scale_of(hx.hira(4).config)
+        (2.0, 1.0)
+    """
+    if config["method"] in ("hira", "boha"):
+        return config["scale"]
     if config["method"] == "abba":
         s = config["scale"]
         return config["alpha"] ** 2 / math.sqrt(config["r1"] * config["r2"]) if s is None else s
@@ -288,12 +296,12 @@ def _low_rank(config: Config, factors: Factors) -> tuple[jax.Array, jax.Array] |
     """The form of a method whose update does not depend on W0; None for any other."""
     method, f = config["method"], jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), factors)
     if method == "lora":
-        return f["a"], _scale(config) * f["b"]
+        return f["a"], scale_of(config) * f["b"]
     if method in ("abba", "loha"):
-        return khatri_rao(f["a1"].T, f["a2"].T).T, _scale(config) * khatri_rao(f["b1"], f["b2"])
+        return khatri_rao(f["a1"].T, f["a2"].T).T, scale_of(config) * khatri_rao(f["b1"], f["b2"])
     if method == "gralora":
         a, b = _blocks(f)
-        return a, _scale(config) * b
+        return a, scale_of(config) * b
     if method == "scaled" and (low := _low_rank(config["adapter"], f)):
         return low[0], config["scale"] * low[1]
     if method in ("add", "chain"):  # no part sees what the ones before it did, so that a chain is a sum

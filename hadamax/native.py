@@ -87,7 +87,6 @@ def save_adapters(
         >>> bool((loaded.adapters["up/kernel"]["a"] == adapters["up/kernel"]["a"]).all())
         True
     """
-
     injection = Injection(()) if injection is None else injection
     injection.checked(params, adapters)
     if not all(map(_quick, _patterns(injection))):

@@ -335,3 +335,14 @@ def test_a_bias_that_is_merged_has_the_dtype_of_the_leaf_that_it_replaces(base, 
     bound = injection.bind(params, injection.init(jax.random.key(0), params))["dense"]
     bound = {"kernel": bound["kernel"].replace(dtype=jnp.dtype(written)), "bias": bound["bias"].astype(written)}
     assert {p.dtype.name for p in parameters({"dense": bound}).values()} == {written}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_tensors_that_are_written_in_parts_are_the_same(tmp_path, monkeypatch, scan_layers, kind):
+    model, params = Decoder(BASE, scan_layers=scan_layers), jax.tree.map(kind, random_params(BASE, scan_layers))
+    save_pretrained(tmp_path / "whole", model, params, BASE)
+    monkeypatch.setattr("hadamax.hf.parameters.PART", 200)
+    save_pretrained(tmp_path / "parts", model, params, BASE)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from hadamax.convert import scale_of
 from hadamax.errors import CheckpointError, ConfigError, HadamaxError
-from hadamax.hf.adapters.sites import Entry, Site, factor_shapes, rescaled, scale_of
+from hadamax.hf.adapters.sites import Entry, Site, factor_shapes, rescaled
 
 SUFFIXES: Mapping[str, Mapping[str, str]] = {
     "LORA": {

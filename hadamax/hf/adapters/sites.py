@@ -14,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from hadamax import paths
 from hadamax.adapter import Factors, Linear
 from hadamax.config import adapter_from_config
+from hadamax.convert import scale_of
 from hadamax.errors import CheckpointError, ConfigError, nearest
 from hadamax.hf import families
 from hadamax.inject import Injection, at, inject
@@ -193,13 +194,6 @@ def _padded(name: str, factor: np.ndarray, more: int) -> np.ndarray:
     widths = [(0, 0)] * factor.ndim
     widths[-1 if name[0] == "a" else -2] = (0, more)
     return np.pad(factor, widths)
-
-
-def scale_of(config: Mapping[str, Any]) -> float:
-    """What a configuration multiplies the product of its factors by."""
-    if config["method"] == "hira":
-        return config["scale"]
-    return config["alpha"] / (config["rank"] ** 0.5 if config.get("rslora") else config["rank"])
 
 
 def rescaled(config: dict[str, Any], scale: float) -> dict[str, Any]:
