@@ -24,6 +24,7 @@ from hadamax.inject import Injection, at, from_config, inject
 from hadamax.lazy import lazily
 from hadamax.methods import abba, boha, dora, gralora, hadamard_adapter, hira, ia3, loha, lora
 from hadamax.native import load_adapters, save_adapters
+from hadamax.sharding import batch_sharding, make_mesh, param_shardings
 from hadamax.version import __version__ as __version__
 from hadamax.weight import LazyWeight
 
@@ -53,6 +54,7 @@ __all__ = [
     "adapter_from_config",
     "add",
     "at",
+    "batch_sharding",
     "boha",
     "chain",
     "convert",
@@ -68,6 +70,8 @@ __all__ = [
     "load_adapters",
     "loha",
     "lora",
+    "make_mesh",
+    "param_shardings",
     "save_adapters",
     "scaled",
     "split",

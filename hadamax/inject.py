@@ -95,8 +95,26 @@ class Injection(NamedTuple):
             adapters[path] = jax.tree.map(lambda leaf, batch=batch: leaf.reshape(*batch, *leaf.shape[1:]), factors)
         return adapters
 
-    def bind(self, params: Any, adapters: Mapping[str, Factors]) -> Any:
+    def shardings(self, params: Any, placed: Any) -> dict[str, Any]:
+        """Where the factors lie: each axis as the kernel's axis that it shares, the others whole on every device.
+
+        Args:
+            params: arrays or `jax.ShapeDtypeStruct`s.
+            placed: the tree with a `NamedSharding` in place of each array, as `hx.param_shardings` gives it.
+
+        Raises:
+            HadamaxError: what `targets` raises.
+        """
+        leaves, spots = paths.leaves(params), paths.leaves(placed)
+        return {
+            path: stacks.factor_shardings(leaves, target, spots[path]) for path, target in self.targets(params).items()
+        }
+
+    def bind(self, params: Any, adapters: Mapping[str, Factors], placed: Any = None) -> Any:
         """The parameters with a `LazyWeight` at each adapted kernel, for a function wrapped by `hx.lazily`.
+
+        Args:
+            placed: as for `apply`.
 
         Raises:
             ConfigError: the adapters were made for other kernels.
@@ -121,17 +139,20 @@ class Injection(NamedTuple):
 
         return paths.map_leaves(lazy, params)
 
-    def apply(self, fn: Callable) -> Callable:
+    def apply(self, fn: Callable, placed: Any = None) -> Callable:
         """`(params, adapters, *args, **kwargs) -> fn(adapted, *args, **kwargs)`, nothing merged outside its layer.
 
         Args:
             fn: a function of parameters, `model.apply` for linen. Its code is not changed. Put `jax.jit` around the
                 result: it is traced at each call.
+            placed: where the parameters lie, a `NamedSharding` for each, as `hx.param_shardings` gives it. Under it
+                each group of devices that holds rows of the batch contracts its own gradient of a merged kernel to the
+                factors, and only these are summed over the mesh. None for one device.
         """
         call = lazily(fn)
 
         def adapted(params, adapters, *args, **kwargs):
-            return call(self.bind(params, adapters), *args, **kwargs)
+            return call(self.bind(params, adapters, placed), *args, **kwargs)
 
         return adapted
 

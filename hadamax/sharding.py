@@ -1,25 +1,81 @@
-"""Where parameters lie on a mesh with axes among `data`, `fsdp` and `tensor`, by their paths.
+"""Where arrays lie on a mesh with axes among `data`, `fsdp` and `tensor`: parameters by their paths, batches by rows.
 
 Projections that split a layer's inner width (queries, keys, values, the first of an MLP) hold its columns, those that
 join it again its rows (Megatron, arXiv:1909.08053), so that a pair needs one reduction over `tensor`; `fsdp` takes the
 other axis.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hadamax import paths
 from hadamax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes over which the rows of a batch are spread
 # module path -> mesh axis of the last two axes of its kernel [in, out] or embedding [rows, width]
 RULES = (
     (r"([qkv]|gate|up)_proj|query|key|value|intermediate/dense|lm_head", ("fsdp", "tensor")),
     (r"(o|down)_proj|output/dense", ("tensor", "fsdp")),
     (r"embed_tokens|\w+_embeddings", ("tensor", "fsdp")),
 )
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (of all processes) whose axes the compiler spreads computations over by itself.
+
+    Args:
+        data: groups of devices that hold whole copies of what `fsdp` and `tensor` split.
+        fsdp: devices that split parameters and rows of the batch; a layer's weights are gathered when it runs.
+        tensor: devices that split the widths of layers; they exchange activations, so keep them near each other.
+        devices: `jax.devices()` where None. One of the three sizes may be -1: as many as there are devices for.
+
+    Raises:
+        ConfigError: sizes that are no positive integers, or that do not make the number of devices.
+
+    Example:
+        >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+        {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = "mesh " + ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if any(type(size) is not int or (size < 1 and size != -1) for size in sizes.values()):
+        raise ConfigError(f"{asked}: sizes must be positive integers, or -1 for the rest of the devices")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"{asked}: only one size may be -1")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % taken == 0:
+        sizes[free[0]] = len(devices) // taken
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(f"{asked}: does not make {len(devices)}, the number of devices")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`, every other axis whole.
+
+    Example:
+        >>> batch_sharding(make_mesh(devices=jax.devices()[:1])).spec
+        P(('data', 'fsdp'),)
+    """
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH if axis in mesh.shape)))
+
+
+def fitting(mesh: Mesh, axes: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
+    """The spec with None in place of mesh axes that are absent or do not divide the dimension."""
+
+    def fits(axis: Any, n: int) -> bool:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        return all(name in mesh.shape for name in names) and n % math.prod(mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*(axis if fits(axis, n) else None for axis, n in zip(axes, shape, strict=True)))
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
@@ -48,9 +104,6 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         matched = (axes for pattern, axes in RULES if re.search(rf"(^|/)({pattern})$", module))
         last = next(matched, (None, None)) if name in ("kernel", "embedding") else (None, None)
         axes = [None] * (len(leaf.shape) - 2) + list(last[-len(leaf.shape) :] if leaf.shape else ())
-        fits = (
-            a if a in mesh.shape and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape, strict=True)
-        )
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        return NamedSharding(mesh, fitting(mesh, axes, leaf.shape))
 
     return paths.map_leaves(sharding, params)

@@ -1,15 +1,18 @@
 """A target's kernel as a stack of matrices `[n, in, out]`, on which methods are mapped, and back to its own layout."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from hadamax import views
 from hadamax.adapter import Adapter, Linear
+from hadamax.sharding import fitting
 from hadamax.targets import Target
 
 
@@ -72,3 +75,41 @@ def factor_shapes(leaves: Mapping[str, Any], target: Target) -> dict[Any, tuple[
 @functools.cache
 def _like_one(adapter: Adapter, linear: Linear) -> Any:
     return jax.eval_shape(adapter.init, jax.random.key(0), linear)
+
+
+@functools.cache
+def factor_roles(adapter: Adapter, n_in: int, n_out: int, with_bias: bool) -> Any:
+    """The factors of one matrix, and in place of each the role of its axes: `("i", None)` where the first is as long as
+    the kernel's in axis, or a part of it, and the second does not depend on the kernel.
+
+    Example:
+        >>> import hadamax as hx
+        >>> factor_roles(hx.lora(2), 8, 6, False)
+        {'a': ('i', None), 'b': (None, 'o')}
+    """
+
+    def like(n_in: int, n_out: int) -> Any:
+        bias = jax.ShapeDtypeStruct((n_out,), jnp.float32) if with_bias else None
+        return _like_one(adapter, Linear(jax.ShapeDtypeStruct((n_in, n_out), jnp.float32), bias))
+
+    def roles(leaf: Any, taller: Any, wider: Any) -> tuple[str | None, ...]:
+        grows = zip(leaf.shape, taller.shape, wider.shape, strict=True)
+        return tuple("i" if n < tall else "o" if n < wide else None for n, tall, wide in grows)
+
+    return jax.tree.map(roles, like(n_in, n_out), like(2 * n_in, n_out), like(n_in, 2 * n_out))
+
+
+def factor_shardings(leaves: Mapping[str, Any], target: Target, placed: NamedSharding) -> Any:
+    """The factors of a target, and in place of each where it lies: its axes as those of the kernel that it shares."""
+    mesh, spec = placed.mesh, [*placed.spec, *[None] * len(target.axes)][: len(target.axes)]
+    factors, shape = factors_like(leaves, target), leaves[target.path].shape
+    n_in, n_out = (math.prod(views.sizes(shape, target.axes, views.of_role(target.axes, role))) for role in "io")
+    lead = len(views.of_role(target.axes, "b"))
+    batch = [spec[target.axes.index(label)] for label in views.of_role(target.axes, "b")]
+    ends: dict[str | None, Any] = {None: None} | {role: views.role_spec(target.axes, spec, role) for role in "io"}
+
+    def sharding(leaf: Any, roles: tuple[str | None, ...]) -> NamedSharding:
+        wanted = [*(batch if target.layers is None else [None] * lead), *(ends[role] for role in roles)]
+        return NamedSharding(mesh, fitting(mesh, wanted, leaf.shape))
+
+    return jax.tree.map(sharding, factors, factor_roles(target.adapter, n_in, n_out, target.bias is not None))

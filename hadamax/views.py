@@ -5,6 +5,8 @@ flattened in their order. Orientation is never guessed from shapes.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +76,15 @@ def bias_layouts(axes: Axes) -> list[Axes]:
         if label[0] == "b":
             stacked.insert(at, label)
     return [tuple(stacked), tuple(label for label in axes if label[0] != "i")]
+
+
+def role_spec(axes: Axes, spec: Sequence[Any], role: str) -> Any:
+    """The mesh axes over which the flattened axis of a role is split, given those of each axis; None where that is no
+    plain split, because an axis other than the first of the role is split.
+
+    Example:
+        >>> role_spec(parse("bioo"), (None, "fsdp", "tensor", None), "o")
+        'tensor'
+    """
+    first, *others = (spec[axes.index(label)] for label in of_role(axes, role))
+    return None if any(others) else first
