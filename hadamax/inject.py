@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from hadamax import paths, stacks, targets, views
 from hadamax.adapter import Adapter, Factors
@@ -17,7 +18,7 @@ from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixErro
 from hadamax.lazy import lazily
 from hadamax.summary import Row, Summary
 from hadamax.targets import Rule, Target
-from hadamax.weight import LazyWeight
+from hadamax.weight import LazyWeight, Placement
 
 
 def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | None = None) -> Rule:
@@ -120,6 +121,7 @@ class Injection(NamedTuple):
             ConfigError: the adapters were made for other kernels.
         """
         leaves, selected = paths.leaves(params), self.checked(params, adapters)
+        spots = {} if placed is None else paths.leaves(placed)
 
         def lazy(path: str, leaf: Any) -> Any:
             if path not in selected:
@@ -133,9 +135,10 @@ class Injection(NamedTuple):
                 on = np.isin(range(batch[0]), target.layers)
                 active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
             bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
-            return LazyWeight(
-                jnp.asarray(leaf), bias, factors, active, adapter=target.adapter, axes=target.axes, path=path
-            )
+            static: dict[str, Any] = {"adapter": target.adapter, "axes": target.axes, "path": path}
+            if path in spots:
+                static["placement"] = _placement(spots[path], target.axes)
+            return LazyWeight(jnp.asarray(leaf), bias, factors, active, **static)
 
         return paths.map_leaves(lazy, params)
 
@@ -256,6 +259,11 @@ class Injection(NamedTuple):
                         f" {target.adapter.config['method']}, found {shape}: the adapters were made by other rules"
                     )
         return selected
+
+
+def _placement(placed: NamedSharding, axes: views.Axes) -> Placement:
+    spec = [*placed.spec, *[None] * len(axes)]
+    return Placement(placed.mesh, *(views.role_spec(axes, spec, role) for role in "io"))
 
 
 def inject(

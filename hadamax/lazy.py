@@ -198,6 +198,11 @@ def _gather(params, w, indices):
     return taken.reshape(*ids.shape, -1)
 
 
+def _constraint(params, w):
+    """A constraint is on W0, too: where it is gathered, it is gathered once."""
+    return w.replace(kernel=p.sharding_constraint_p.bind(w.kernel, **params))
+
+
 _RULES: dict[core.Primitive, Callable] = {
     p.jit_p: _jit,
     p.closed_call_p: _jit,
@@ -213,4 +218,5 @@ _RULES: dict[core.Primitive, Callable] = {
     p.dynamic_slice_p: _dynamic_slice,
     p.squeeze_p: lambda params, w: weight.squeeze(w, params["dimensions"]),
     p.gather_p: _gather,
+    p.sharding_constraint_p: _constraint,
 }

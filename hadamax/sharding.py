@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hadamax import paths
 from hadamax.errors import ConfigError
@@ -26,7 +26,7 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices (of all processes) whose axes the compiler spreads computations over by itself.
 
     Args:
@@ -65,10 +65,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
         >>> batch_sharding(make_mesh(devices=jax.devices()[:1])).spec
         P(('data', 'fsdp'),)
     """
-    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH if axis in mesh.shape)))
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
-def fitting(mesh: Mesh, axes: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which the rows of a batch are spread."""
+    return tuple(axis for axis in BATCH if axis in mesh.shape)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
+    """Tells the compiler over which mesh axes the dimensions of a value are split: `"batch"` stands for `batch_axes`,
+    None for no split. A dimension that does not divide stays whole; without a mesh nothing is said.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> constrain(jnp.ones((8, 4)), make_mesh(devices=jax.devices()[:1]), "batch", "tensor").shape
+        (8, 4)
+    """
+    if mesh is None:
+        return x
+    named = [batch_axes(mesh) if axis == "batch" else axis for axis in axes]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, named, x.shape)))
+
+
+def fitting(mesh: Mesh | AbstractMesh, axes: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
     """The spec with None in place of mesh axes that are absent or do not divide the dimension."""
 
     def fits(axis: Any, n: int) -> bool:

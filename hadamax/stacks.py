@@ -89,8 +89,9 @@ def factor_roles(adapter: Adapter, n_in: int, n_out: int, with_bias: bool) -> An
     """
 
     def like(n_in: int, n_out: int) -> Any:
-        bias = jax.ShapeDtypeStruct((n_out,), jnp.float32) if with_bias else None
-        return _like_one(adapter, Linear(jax.ShapeDtypeStruct((n_in, n_out), jnp.float32), bias))
+        bias: Any = jax.ShapeDtypeStruct((n_out,), jnp.float32) if with_bias else None
+        kernel: Any = jax.ShapeDtypeStruct((n_in, n_out), jnp.float32)
+        return _like_one(adapter, Linear(kernel, bias))
 
     def roles(leaf: Any, taller: Any, wider: Any) -> tuple[str | None, ...]:
         grows = zip(leaf.shape, taller.shape, wider.shape, strict=True)

@@ -5,19 +5,41 @@ operations were found; `hadamax.lazy` finds them.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hadamax import views
 from hadamax.adapter import Adapter, Factors, Linear
 from hadamax.errors import MergeError
 from hadamax.methods.merging import widened
+from hadamax.sharding import batch_axes
 from hadamax.views import Axes
+
+
+class Placement(NamedTuple):
+    """Where a kernel lies.
+
+    Attributes:
+        mesh: the devices.
+        i: the mesh axes over which its flattened in axis is split, as in a `PartitionSpec`.
+        o: those of its flattened out axis.
+    """
+
+    mesh: Mesh
+    i: Any
+    o: Any
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in batch_axes(self.mesh))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -30,22 +52,36 @@ class LazyWeight:
         factors: leaves `[batch..., ...]`.
         active: `[batch...]` booleans, which of the batch (layers) are adapted; None for all.
         axes: the label of each kernel axis (`hadamax.views`).
+        placement: where the kernel lies on a mesh; None for one device.
         dtype: what the weight counts as; casts are done with the merge, in one rounding.
     """
 
-    def __init__(self, kernel, bias, factors: Factors, active, *, adapter: Adapter, axes: Axes, path: str, dtype=None):
+    def __init__(
+        self,
+        kernel,
+        bias,
+        factors: Factors,
+        active,
+        *,
+        adapter: Adapter,
+        axes: Axes,
+        path: str,
+        placement: Placement | None = None,
+        dtype=None,
+    ):
         self.kernel, self.bias, self.factors, self.active = kernel, bias, factors, active
-        self.adapter, self.axes, self.path = adapter, axes, path
+        self.adapter, self.axes, self.path, self.placement = adapter, axes, path, placement
         self.dtype = kernel.dtype if dtype is None else jnp.dtype(dtype)
 
     def tree_flatten(self):
-        return (self.kernel, self.bias, self.factors, self.active), (self.adapter, self.axes, self.path, self.dtype)
+        static = (self.adapter, self.axes, self.path, self.placement, self.dtype)
+        return (self.kernel, self.bias, self.factors, self.active), static
 
     @classmethod
     def tree_unflatten(cls, static, children):
         new = object.__new__(cls)  # children may be placeholders without a dtype
         new.kernel, new.bias, new.factors, new.active = children
-        new.adapter, new.axes, new.path, new.dtype = static
+        new.adapter, new.axes, new.path, new.placement, new.dtype = static
         return new
 
     @property
@@ -65,7 +101,7 @@ class LazyWeight:
 
     def replace(self, **fields) -> "LazyWeight":
         """A copy with some attributes changed."""
-        names = ("kernel", "bias", "factors", "active", "adapter", "axes", "path", "dtype")
+        names = ("kernel", "bias", "factors", "active", "adapter", "axes", "path", "placement", "dtype")
         return LazyWeight(**{**{name: getattr(self, name) for name in names}, **fields})
 
     def map_batch(self, function: Callable[[jax.Array], jax.Array]) -> dict[str, Any]:
@@ -147,6 +183,11 @@ def matmul(
             return w.adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x)
         return _where_active(w.adapter, one, x)
 
+    if w.placement is not None and rows and rows[0] % (shards := w.placement.shards) == 0 and shards > 1:
+        n_in, n_out = (math.prod(views.sizes(w.shape, w.axes, views.of_role(w.axes, r))) for r in "io")
+        if role == "o" or (w.adapter.merges is not None and w.adapter.merges(n_in, n_out)):
+            dot = _by_shard(dot, w.placement, role)
+
     for _ in loose:
         dot = jax.vmap(dot, in_axes=(0, None))
     for _ in batched:
@@ -175,6 +216,62 @@ def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Ar
         )
 
     return dot(one, x)
+
+
+def _by_shard(dot: Callable[..., jax.Array], placement: Placement, role: str) -> Callable[..., jax.Array]:
+    """A `dot` that merges, computed by each shard of the batch for itself.
+
+    Left alone, the compiler sums the `[in, out]` gradient of the merged kernel over the shards and contracts it to
+    the factors afterwards: as much communication as full fine-tuning has. Here each shard has a copy of the factors,
+    so that the gradient of each copy is contracted where it arises, and only these are summed. The checkpoint covers
+    the gather of the kernel, which the backward pass repeats.
+    """
+    mesh, split = placement.mesh, batch_axes(placement.mesh)
+    i, o = (_without(axes, split) for axes in (placement.i, placement.o))
+    taken, given = (i, o) if role == "i" else (o, i)
+
+    def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def copied(factor: jax.Array, dtype: Any) -> jax.Array:
+        copies: Any = _copies(factor, placement.shards, dtype)
+        return constrain(copies, split, *[PartitionSpec.UNCONSTRAINED] * factor.ndim)
+
+    @jax.checkpoint
+    def by_shard(one: dict[str, Any], x: jax.Array) -> jax.Array:
+        one = {**one, "kernel": constrain(one["kernel"], i, o)}
+        factors = jax.tree.map(lambda factor: copied(factor, x.dtype), one["factors"])
+        x = constrain(x.reshape(placement.shards, -1, x.shape[-1]), split, None, taken)
+        y = jax.vmap(lambda factors, x: dot({**one, "factors": factors}, x))(factors, x)
+        y = constrain(y, split, None, given)
+        return y.reshape(-1, y.shape[-1])
+
+    return by_shard
+
+
+def _without(axes: Any, gone: Sequence[str]) -> Any:
+    """One entry of a `PartitionSpec`, less some mesh axes."""
+    kept = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis not in (None, *gone))
+    return kept or None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(factor: jax.Array, count: int, dtype: Any) -> jax.Array:
+    """`count` copies, whose gradients are summed in `dtype`: they cross the mesh as LoRA's do, in the activations'."""
+    return jnp.broadcast_to(factor[None], (count, *factor.shape))
+
+
+def _copies_forward(factor: jax.Array, count: int, dtype: Any) -> tuple[jax.Array, None]:
+    return _copies(factor, count, dtype), None
+
+
+def _copies_backward(count: int, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    narrow = gradient.astype(dtype)
+    summed = lax.reduce(narrow, jnp.zeros((), narrow.dtype), lax.add, (0,))
+    return (summed.astype(gradient.dtype),)
+
+
+_copies.defvjp(_copies_forward, _copies_backward)
 
 
 def _transposed_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Array:

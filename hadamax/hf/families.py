@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from hadamax.errors import ConfigError, nearest
 from hadamax.hf import decoders, encoders
@@ -167,10 +168,12 @@ def write_config(config: Config, task: str) -> dict[str, Any]:
     return {"architectures": [family.architectures[task]], **family.write(config)}
 
 
-def build(config: Config, *, task: str, dtype: Any = jnp.float32, scan_layers: bool = True) -> Model:
+def build(
+    config: Config, *, task: str, dtype: Any = jnp.float32, scan_layers: bool = True, mesh: Mesh | None = None
+) -> Model:
     """The model of a config; activations and parameters in `dtype`."""
     family = family_of(config.model_type)
-    return family.build(config, task=task, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers)
+    return family.build(config, task=task, dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, mesh=mesh)
 
 
 def expected_leaves(model: Model) -> dict[str, jax.ShapeDtypeStruct]:

@@ -47,8 +47,8 @@ def load_pretrained(
 
     Args:
         dtype: of the parameters and activations; as in the file where None.
-        mesh: puts each parameter where `hadamax.sharding.param_shardings` says; each process reads only the parts that
-            its devices hold. On the default device where None.
+        mesh: puts each parameter where `hx.param_shardings` says; each process reads only the parts that its devices
+            hold. The model keeps its activations spread over the mesh. On the default device where None.
         task: which head: `"causal_lm"` for decoders, for encoders one of `hadamax.models.Encoder`'s; None takes what
             `architectures` in the file names. A head that the file lacks is initialised from a fixed key, and a warning
             of the logger `hadamax` says so; its classes are those of the config's `id2label`, or `num_labels`, or 2.
@@ -79,7 +79,7 @@ def load_pretrained(
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
     params = {path: _read_leaf(leaves[path].shape, tensors, dtype, shardings[path]) for path, tensors in found.items()}
     dtype = main_dtype(params) if dtype is None else dtype
-    model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers)
+    model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers, mesh=mesh)
     if fresh := [path for path in leaves if path not in params]:
         named = ", ".join(f"{path} {list(leaves[path].shape)}" for path in fresh)
         _LOG.warning("%s has no %s: newly initialised, to be trained", directory, named)

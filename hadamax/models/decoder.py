@@ -12,11 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from hadamax.errors import ConfigError
 from hadamax.models.config import DecoderConfig
 from hadamax.models.layers import Block, Context, Dense, Embedding, RMSNorm, project, rope_frequencies, soft_cap
-from hadamax.models.loss import chunked_cross_entropy
+from hadamax.models.loss import chunked_cross_entropy, positions_at_a_time
+from hadamax.sharding import constrain
 
 REMAT_POLICIES = {
     "none": None,
@@ -43,6 +45,7 @@ class Decoder(nn.Module):
         param_dtype: of freshly initialised parameters; given parameters may have any dtype and are cast at their use.
         scan_layers: one stacked tree `layers/...` run by `nn.scan`; otherwise `layers_0/...`, `layers_1/...`.
         remat: "none", "full" (recompute each block in the backward pass) or "dots" (keep matrix products only).
+        mesh: keeps the rows of the activations spread over `data` and `fsdp`; None for one device.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -61,6 +64,7 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    mesh: Mesh | None = None
 
     @property
     def task(self) -> str:
@@ -76,7 +80,7 @@ class Decoder(nn.Module):
         c, kinds = self.config, (self.dtype, self.param_dtype)
         if self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT_POLICIES)}")
-        self.embed_tokens = Embedding(c, *kinds)
+        self.embed_tokens = Embedding(c, *kinds, self.mesh)
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
@@ -89,20 +93,29 @@ class Decoder(nn.Module):
                 in_axes=axes,
                 length=c.num_hidden_layers,
             )
-            self.layers: Any = block(c, *kinds)
+            self.layers: Any = block(c, *kinds, self.mesh)
         else:
-            self.layers = [block(c, *kinds) for _ in range(c.num_hidden_layers)]
+            self.layers = [block(c, *kinds, self.mesh) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c, *kinds)
         if not c.tie_word_embeddings:
             self.lm_head = Dense(c.vocab_size, False, c, *kinds)
 
     def _head(self) -> Callable[[Array], Array]:
-        """Logits of hidden states, `[..., D] -> [..., V]`."""
+        """Logits of hidden states, `[B, ..., D] -> [B, ..., V]`."""
         c = self.config
-        weights = (
-            (self.embed_tokens.embedding.T, None) if c.tie_word_embeddings else self.lm_head.weights(c.hidden_size)
-        )
-        return lambda hidden: soft_cap(project(hidden, *weights, self.dtype), c.final_logit_softcapping)
+        # constrained here, so that it is gathered once and not for each piece of the loss
+        if c.tie_word_embeddings:
+            table, bias = constrain(self.embed_tokens.embedding, self.mesh, "tensor", None), None
+        else:
+            kernel, bias = self.lm_head.weights(c.hidden_size)
+            table = constrain(kernel, self.mesh, None, "tensor")
+
+        def logits(hidden: Array) -> Array:
+            y = project(hidden, table, bias, self.dtype, transposed=c.tie_word_embeddings)
+            y = constrain(y, self.mesh, "batch", *[None] * (y.ndim - 2), "tensor")
+            return soft_cap(y, c.final_logit_softcapping)
+
+        return logits
 
     def _hidden(self, input_ids, positions, mask, places, cache=None, used=None) -> tuple[Array, Any]:
         """Final hidden states `[B, S, D]`; with a cache also the new keys and values `[L, B, S, KV, hd]`."""
@@ -161,16 +174,18 @@ class Decoder(nn.Module):
         attention_mask: Array | None = None,
         positions: Array | None = None,
         segment_ids: Array | None = None,
-        chunk: int = 128,
+        chunk: int | None = None,
     ) -> tuple[Array, Array]:
         """Sum of the weighted cross-entropies and sum of the weights, without the logits of the whole batch.
 
         Args:
             targets: `[B, S]`, the token that each position is to predict (the caller shifts).
             weights: `[B, S]` float; 0 = ignored.
-            chunk: positions whose logits exist at a time, `[B, chunk, V]` float32.
+            chunk: positions whose logits exist at a time, `[B, chunk, V]` float32; None takes as many as
+                `hadamax.models.loss.positions_at_a_time` allows.
         """
         hidden = self._train_hidden(input_ids, attention_mask, positions, segment_ids)
+        chunk = positions_at_a_time(input_ids.shape[0], self.config.vocab_size, self.mesh) if chunk is None else chunk
         return chunked_cross_entropy(self._head(), hidden, targets, weights, chunk)
 
     @nn.nowrap

@@ -8,17 +8,20 @@
 head) or `lm_head` (RoBERTa's). Kernels are `[in, out]`. There is no dropout, in training neither.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from hadamax.errors import ConfigError
 from hadamax.models import encoder_layers as layers
 from hadamax.models.decoder import REMAT_POLICIES
 from hadamax.models.layers import project
-from hadamax.models.loss import chunked_cross_entropy
+from hadamax.models.loss import chunked_cross_entropy, positions_at_a_time
+from hadamax.sharding import constrain
 
 TASKS = ("hidden", "pooled", "sentence_embedding", "masked_lm", "token_classification", "sequence_classification")
 
@@ -39,6 +42,7 @@ class Encoder(layers.Part):
         param_dtype: of freshly initialised parameters; given parameters may have any dtype and are cast at their use.
         scan_layers: one stacked tree `encoder/layer/...` run by `nn.scan`; otherwise `encoder/layer_0/...` and so on.
         remat: "none", "full" (recompute each layer in the backward pass) or "dots" (keep matrix products only).
+        mesh: keeps the rows of the activations spread over `data` and `fsdp`; None for one device.
 
     Raises:
         ConfigError: an unknown task or remat policy (when first used).
@@ -61,6 +65,7 @@ class Encoder(layers.Part):
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    mesh: Mesh | None = None
 
     @property
     def view(self) -> str | None:
@@ -74,7 +79,7 @@ class Encoder(layers.Part):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(choices)}")
         roberta = self.config.model_type == "roberta"
         self.embeddings = layers.Embeddings(*kinds)
-        self.encoder = layers.Layers(*kinds, self.scan_layers, self.remat)
+        self.encoder = layers.Layers(*kinds, self.scan_layers, self.remat, self.mesh)
         if self.task == "pooled" or (self.task == "sequence_classification" and not roberta):
             self.pooler = layers.Pooler(*kinds)
         if self.task == "sequence_classification" and roberta:
@@ -91,9 +96,9 @@ class Encoder(layers.Part):
         return self.encoder(self.embeddings(input_ids, token_type_ids), mask)
 
     def _masked_lm(self, hidden: Array) -> tuple[Array, Array, Array]:
-        """The states that meet the table, the table `[D, V]` and the bias `[V]`."""
+        """The states that meet the table, the table `[V, D]` and the bias `[V]`."""
         hidden, bias = (self.lm_head if self.config.model_type == "roberta" else self.cls)(hidden)
-        return hidden, self.embeddings.word_embeddings.embedding.T, bias
+        return hidden, constrain(self.embeddings.word_embeddings.embedding, self.mesh, "tensor", None), bias
 
     def __call__(
         self, input_ids: Array, attention_mask: Array | None = None, token_type_ids: Array | None = None
@@ -114,7 +119,7 @@ class Encoder(layers.Part):
                 return _mean_embedding(hidden, attention_mask)
             case "masked_lm":
                 hidden, table, bias = self._masked_lm(hidden)
-                return project(hidden, table, bias, self.dtype)
+                return project(hidden, table, bias, self.dtype, transposed=True)
             case "token_classification":
                 return self.classifier(hidden)
             case "sequence_classification":
@@ -128,7 +133,7 @@ class Encoder(layers.Part):
         weights: Array,
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
-        chunk: int = 128,
+        chunk: int | None = None,
     ) -> tuple[Array, Array]:
         """Sum of the weighted losses and sum of the weights, float32; their ratio is the mean of transformers.
 
@@ -138,7 +143,8 @@ class Encoder(layers.Part):
                 label for integers, else several. Class ids `[B]`; values `[B, labels]` (or `[B]` for one); 0 or 1
                 `[B, labels]`.
             weights: `[B, S]` or `[B]` float; 0 = ignored, any label will do there (-100, say).
-            chunk: positions whose masked-LM logits exist at a time, `[B, chunk, V]` float32.
+            chunk: positions whose masked-LM logits exist at a time, `[B, chunk, V]` float32; None takes as many as
+                `hadamax.models.loss.positions_at_a_time` allows.
 
         Raises:
             ConfigError: a task without a loss, labels of another shape than the task's.
@@ -146,7 +152,9 @@ class Encoder(layers.Part):
         c = self.config
         if self.task == "masked_lm":
             hidden, table, bias = self._masked_lm(self._hidden(input_ids, attention_mask, token_type_ids))
-            return chunked_cross_entropy(lambda h: project(h, table, bias, self.dtype), hidden, labels, weights, chunk)
+            chunk = positions_at_a_time(input_ids.shape[0], c.vocab_size, self.mesh) if chunk is None else chunk
+            logits = functools.partial(project, kernel=table, bias=bias, dtype=self.dtype, transposed=True)
+            return chunked_cross_entropy(logits, hidden, labels, weights, chunk)
         if self.task not in ("token_classification", "sequence_classification"):
             raise ConfigError(f"task {self.task!r} has no loss; it gives features")
         logits = self(input_ids, attention_mask, token_type_ids).astype(jnp.float32)

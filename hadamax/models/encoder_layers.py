@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from hadamax.models.decoder import REMAT_POLICIES
 from hadamax.models.encoder_config import EncoderConfig
+from hadamax.sharding import constrain
 
 _tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
@@ -105,19 +107,23 @@ class Intermediate(Part):
 
 
 class Layer(Part):
+    mesh: Mesh | None
+
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
         kinds = (self.config, self.dtype, self.param_dtype)
         x = Attention(*kinds, name="attention")(x, mask)
-        return Output(*kinds, name="output")(Intermediate(*kinds, name="intermediate")(x), x), None
+        x = Output(*kinds, name="output")(Intermediate(*kinds, name="intermediate")(x), x)
+        return constrain(x, self.mesh, "batch", None, None), None
 
 
 class Layers(Part):
     scan_layers: bool
     remat: str
+    mesh: Mesh | None
 
     def setup(self):
-        count, kinds = self.config.num_hidden_layers, (self.config, self.dtype, self.param_dtype)
+        count, kinds = self.config.num_hidden_layers, (self.config, self.dtype, self.param_dtype, self.mesh)
         layer: Any = Layer
         if self.remat != "none":
             layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
@@ -130,6 +136,7 @@ class Layers(Part):
             self.layer = [layer(*kinds) for _ in range(count)]
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
+        x = constrain(x, self.mesh, "batch", None, None)
         for layer in [self.layer] if self.scan_layers else self.layer:
             x, _ = layer(x, mask)
         return x

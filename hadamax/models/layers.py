@@ -8,13 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from hadamax.models.config import ACTIVATIONS, DecoderConfig
+from hadamax.sharding import constrain
 
 
-def project(x: Array, kernel: Array, bias: Array | None, dtype: Any) -> Array:
-    """`x @ kernel (+ bias)` in `dtype`, accumulated as the hardware does (no wider result than the activations)."""
-    y = jnp.dot(x, kernel.astype(dtype))
+def project(x: Array, kernel: Array, bias: Array | None, dtype: Any, *, transposed: bool = False) -> Array:
+    """`x @ kernel (+ bias)` in `dtype`, accumulated as the hardware does (no wider result than the activations).
+
+    A table of rows is `transposed`: to write its transpose would have XLA keep a copy of it through a loop.
+    """
+    y = jnp.tensordot(x, kernel.astype(dtype), (-1, 1 if transposed else 0))
     return y if bias is None else y + jnp.broadcast_to(bias.astype(dtype), y.shape)
 
 
@@ -48,6 +53,7 @@ class Embedding(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None = None
 
     def setup(self):
         init = nn.initializers.normal(self.config.initializer_range)
@@ -58,7 +64,7 @@ class Embedding(nn.Module):
         x = self.embedding.at[ids].get(mode="fill", wrap_negative_indices=False)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
-        return x.astype(self.dtype)
+        return constrain(x.astype(self.dtype), self.mesh, "batch", None, None)
 
 
 class RMSNorm(nn.Module):
@@ -218,6 +224,7 @@ class Block(nn.Module):
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x, context, sliding, cache):
@@ -230,6 +237,8 @@ class Block(nn.Module):
         if c.post_norms:  # "post_attention_layernorm" names another norm in each form
             x = x + norm("post_attention_layernorm")(h)
             h = MLP(c, *kinds, name="mlp")(norm("pre_feedforward_layernorm")(x))
-            return x + norm("post_feedforward_layernorm")(h), new
-        x = x + h
-        return x + MLP(c, *kinds, name="mlp")(norm("post_attention_layernorm")(x)), new
+            x = x + norm("post_feedforward_layernorm")(h)
+        else:
+            x = x + h
+            x = x + MLP(c, *kinds, name="mlp")(norm("post_attention_layernorm")(x))
+        return constrain(x, self.mesh, "batch", None, None), new

@@ -5,6 +5,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from hadamax.sharding import batch_axes, fitting
+
+_LOGITS = 2**25  # float32 logits that exist at a time on a device: 128 MiB, as large a vocabulary as there may be
+
+
+def positions_at_a_time(rows: int, vocabulary: int, mesh: Mesh | None = None) -> int:
+    """The pieces of a sequence whose logits take a fixed amount of memory on each device, a power of two.
+
+    Example:
+        >>> positions_at_a_time(4, 128_256), positions_at_a_time(4, 256_512)
+        (64, 32)
+    """
+    if mesh is not None:
+        spec = fitting(mesh, (batch_axes(mesh), "tensor"), (rows, vocabulary))
+        rows, vocabulary = NamedSharding(mesh, spec).shard_shape((rows, vocabulary))
+    return 2 ** (max(1, _LOGITS // (rows * vocabulary)).bit_length() - 1)
 
 
 def chunked_cross_entropy(
