@@ -7,8 +7,9 @@
 
 Figures are per chip and step and do not vary from run to run. Memory is XLA's `memory_analysis`. `flops` are those of
 matrix products with loops counted (`benchmarks.hlo`), `flops_xla` and `bytes_accessed` XLA's own, which count the body
-of a loop once. `hbm_bytes` is what XLA's compiler has on that chip; a step `fits` if the compiler says so. Where it
-does not, `error` has its words. Nothing is run: no time is claimed.
+of a loop once. `rings` are pieces of kernels or of their gradients that go round in permutes, which the compiler makes
+of a gather or a reduction beside a product. `hbm_bytes` is what XLA's compiler has on that chip; a step `fits` if
+the compiler says so. Where it does not, `error` has its words. Nothing is run: no time is claimed.
 """
 
 import argparse
@@ -152,6 +153,7 @@ def measure(case: Any) -> dict[str, Any]:
         "reductions_across_rows": totals(reductions),  # gradients, and sums of the loss
         "base_gathers": totals(kernels.gathers),
         "dense_gradients": totals(kernels.reductions),
+        "rings": totals(kernels.rings),
         "stacked": totals(kernels.stacked),
         "unknown_loops": len(parsed.unknown),
     }
@@ -170,10 +172,11 @@ def kernel_sizes(case: Any) -> set[tuple[int, int]]:
     }
 
 
-def compiled_apart(case: Any) -> dict[str, Any]:
+def compiled_apart(case: Any, dump: str | None = None) -> dict[str, Any]:
     """`measure` in a process of its own: the compiler ends the process on some errors, and keeps memory."""
+    flags = {"XLA_FLAGS": f"--xla_dump_to={dump}"} if dump else {}
     command = [sys.executable, "-m", "benchmarks.aot", "--case", json.dumps(dataclasses.asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT | flags)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -219,8 +222,8 @@ def against_lora(rows: Iterable[dict[str, Any]]) -> str:
     """Markdown: each method's step divided by LoRA's of the same model, slice, batch and dtypes."""
     rows = [row for row in rows if row["flops"] is not None]
     lines = [
-        "| | temporaries | FLOPs | reductions across rows | base gathers, number | bytes | dense gradients | stacked |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | temporaries | FLOPs | reduced across rows | base gathers | bytes | dense gradients | rings | stacked |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     loras = {key(row): row for row in rows if row["method"] == "LoRA"}
     for row in rows:
@@ -235,10 +238,11 @@ def against_lora(rows: Iterable[dict[str, Any]]) -> str:
         cells = [
             ratio(row["temp_bytes"], lora["temp_bytes"]),
             ratio(row["flops"], lora["flops"]),
-            *(ratio(amount(row, name), amount(lora, name)) for name in ("reductions_across_rows",)),
+            ratio(amount(row, "reductions_across_rows"), amount(lora, "reductions_across_rows")),
             ratio(*counts),
             ratio(amount(row, "base_gathers"), amount(lora, "base_gathers")),
             mib(amount(row, "dense_gradients")),
+            mib(amount(row, "rings")),
             mib(amount(row, "stacked")),
         ]
         lines.append(f"| {key(row)} | {' | '.join(cells)} |")
@@ -266,7 +270,7 @@ def vocabulary(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    parts = [table(rows), "Divided by LoRA's; the last two are MiB:", against_lora(rows), vocabulary(rows)]
+    parts = [table(rows), "Divided by LoRA's; the last three are MiB:", against_lora(rows), vocabulary(rows)]
     print("\n\n".join(part for part in parts if part))
 
 
@@ -277,6 +281,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="compile again what the results hold")
     parser.add_argument("--list", action="store_true", help="the names of the rows")
     parser.add_argument("--table", action="store_true", help="show what the results hold, compile nothing")
+    parser.add_argument("--dump", help="a folder for XLA's files; *memory-usage-report.txt lists the largest buffers")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -295,7 +300,7 @@ def main() -> None:
                 print(name, "(there)" * (name in rows))
                 continue
             start = time.monotonic()
-            rows[name] = compiled_apart(cases[name])
+            rows[name] = compiled_apart(cases[name], args.dump)
             print(f"{at}/{len(wanted)} {name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
             if not args.quick:
                 order = {name: at for at, name in enumerate(cases)}

@@ -101,6 +101,7 @@ class OfKernels(NamedTuple):
 
     gathers: list[Collective]  # of one layer's weights: the price of fsdp
     reductions: list[Collective]  # of a dense gradient: the trap
+    rings: list[Collective]  # permutes: pieces of either, as the TPU compiler overlaps them with their matrix product
     stacked: list[Collective]  # of all layers' at once, whatever the kind
 
 
@@ -111,8 +112,9 @@ def of_kernels(
     kernels = list(kernels)
     single = matching(found, kernels, shards)
     return OfKernels(
-        [one for one in single if one.kind not in REDUCTIONS],
+        [one for one in single if one.kind not in (*REDUCTIONS, "collective-permute")],
         [one for one in single if one.kind in REDUCTIONS],
+        [one for one in single if one.kind == "collective-permute"],
         matching(found, kernels, shards, stack=layers),
     )
 

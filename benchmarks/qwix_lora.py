@@ -1,4 +1,4 @@
-"""qwix's LoRA on our decoder, for comparison: same model, loss, rank and rematerialisation; the gradient of its factors."""
+"""qwix's LoRA on our decoder: same model, loss, rank and rematerialisation, and the gradient of its factors."""
 
 from typing import Any
 

@@ -147,16 +147,22 @@ def gradient(of_weights: bool) -> str:
 
     w = {"up": array((5, 24, 40), P(None, "fsdp")), "down": array((5, 40, 24), P(None, "fsdp"))}
     x = array((1024, 24), P("fsdp"))  # with few rows XLA would rather gather these
-    return jax.jit(jax.grad(loss, argnums=0 if of_weights else 1)).lower(w, x).compile().as_text()
+    return str(jax.jit(jax.grad(loss, argnums=0 if of_weights else 1)).lower(w, x).compile().as_text())
 
 
 def test_a_dense_gradient_and_the_gathers_of_weights_are_told_apart_in_a_compiled_program():
     kernels = of_kernels(collectives(gradient(True)), [(24, 40), (40, 24)], layers=5, shards=(1,))
     assert sum(one.bytes for one in kernels.reductions) == 5 * 2 * 24 * 40 * 4  # each layer's two, once
     assert sum(one.runs for one in kernels.gathers) >= 5 * 2
-    assert kernels.stacked == []
+    assert kernels.rings == kernels.stacked == []
     frozen = of_kernels(collectives(gradient(False)), [(24, 40), (40, 24)], layers=5)
     assert frozen.reductions == [] and frozen.gathers
+
+
+def test_pieces_of_kernels_that_go_round_in_permutes_stand_apart():
+    kernels = of_kernels(collectives(HAND), [(6, 8)], layers=5)
+    assert [one.name for one in kernels.rings] == ["sent"]
+    assert [one.name for one in kernels.reductions] == ["both", "reduced"]
 
 
 def test_parts_and_stacks_of_a_kernel_match_and_other_sizes_do_not():
