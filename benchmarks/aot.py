@@ -14,6 +14,7 @@ the compiler says so. Where it does not, `error` has its words. Nothing is run: 
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -104,6 +105,12 @@ def key(row: dict[str, Any]) -> str:
     return " ".join(map(str, parts))
 
 
+def source() -> str:
+    """A hash of the library's code, so that rows of other code are noticed."""
+    folder = Path(__file__).parent.parent / "hadamax"
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()[:12]
+
+
 DEFAULTS = {"base_dtype": "bfloat16", "factor_dtype": "float32", "vocab_size": None, "layers": None, "rank": 32}
 
 
@@ -121,7 +128,7 @@ def measure(case: Any) -> dict[str, Any]:
     devices = topologies.get_topology_desc(case.topology, platform="tpu").devices
     hbm = HBM[case.topology.split(":")[0]]
     row = dataclasses.asdict(case) | {"chips": case.chips, "hbm_bytes": hbm}
-    row |= {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    row |= {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "source": source()}
     program = lowered(case, devices)
     start = time.monotonic()
     try:
@@ -270,7 +277,15 @@ def vocabulary(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    parts = [table(rows), "Divided by LoRA's; the last three are MiB:", against_lora(rows), vocabulary(rows)]
+    other = sum(row.get("source") != source() for row in rows)
+    warning = f"{other} of {len(rows)} rows were compiled from other code than this: --fresh does them again"
+    parts = [
+        warning if other else "",
+        table(rows),
+        "Divided by LoRA's; the last three are MiB:",
+        against_lora(rows),
+        vocabulary(rows),
+    ]
     print("\n\n".join(part for part in parts if part))
 
 
