@@ -10,8 +10,11 @@ With several processes, all of them make the same calls, on one directory that a
 damaged is damaged on all: each goes the same way, and none waits for another.
 """
 
+import errno
 import json
 import math
+import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -191,8 +194,12 @@ class Checkpoints:
                 raise self._cannot_write(failure) from failure
 
     def _cannot_write(self, error: Exception) -> CheckpointError:
-        full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
-        reason = "No space left on device" if full else getattr(error, "strerror", None) or _short(error)
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's, after much else
+            reason = os.strerror(int(number[1]))
+        elif "RESOURCE_EXHAUSTED" in str(error):
+            reason = os.strerror(errno.ENOSPC)
+        else:
+            reason = getattr(error, "strerror", None) or _short(error)
         return CheckpointError(f"cannot write a checkpoint into {self.directory}: {reason}")
 
     def _check(self, step: int) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """One of several processes that read and write a checkpoint together; `tests/test_checkpoint.py` starts them.
 
-python -m tests.checkpoint_process FOLDER PORT INDEX
+    python -m tests.checkpoint_process FOLDER PORT INDEX FILE
+
+FILE takes what it found, since gloo writes to the standard output.
 """
 
+import functools
 import os
 import sys
 
@@ -37,10 +40,12 @@ def arrays(mesh: Mesh):
     return jax.tree.map(put, trees())
 
 
-def main(folder: str, port: str, index: str) -> None:
+def main(folder: str, port: str, index: str, file: str) -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
+
+    say = functools.partial(print, file=open(file, "w"), flush=True)  # noqa: SIM115
 
     def torn() -> None:
         if index == "1":
@@ -49,7 +54,7 @@ def main(folder: str, port: str, index: str) -> None:
     try:
         _together(torn)
     except DamagedError as error:
-        print(f"on process 1 alone: {type(error).__name__}: {error}")
+        say(f"on process 1 alone: {type(error).__name__}: {error}")
 
     like = arrays(mesh(fsdp=2, tensor=4))
     with Checkpoints(folder) as checkpoints:
@@ -57,7 +62,7 @@ def main(folder: str, port: str, index: str) -> None:
             try:
                 found = [checkpoints.arrays(step, "trainable", like[0]), checkpoints.arrays(step, "state", like[1])]
             except DamagedError as error:
-                print(f"step {step}: {type(error).__name__}")
+                say(f"step {step}: {type(error).__name__}")
                 checkpoints.set_aside(step)
                 continue
             same = True
@@ -65,12 +70,12 @@ def main(folder: str, port: str, index: str) -> None:
                 assert new.sharding == old.sharding
                 for ours, theirs in zip(new.addressable_shards, old.addressable_shards, strict=True):
                     same &= np.asarray(ours.data).tobytes() == np.asarray(theirs.data).tobytes()
-            print(f"step {step}: {'same' if same else 'other'}, {checkpoints.json(step, 'data')}")
-        print(f"left: {checkpoints.steps()}")
+            say(f"step {step}: {'same' if same else 'other'}, {checkpoints.json(step, 'data')}")
+        say(f"left: {checkpoints.steps()}")
         for step in (5, 6):
             checkpoints.save(step, *like, data={"next_index": step}, meta={"seed": 0}, loss=float(step))
     with Checkpoints(folder, create=False) as checkpoints:
-        print(f"saved: {checkpoints.steps()}, best {checkpoints.best()}")
+        say(f"saved: {checkpoints.steps()}, best {checkpoints.best()}")
 
 
 if __name__ == "__main__":

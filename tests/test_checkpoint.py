@@ -134,32 +134,32 @@ def test_arrays_that_were_free_to_move_stay_free(tmp_path):
 
 
 def processes(folder):
-    """Two processes of four devices each, which run `tests.checkpoint_process`; what each printed."""
+    """Two processes of four devices each, which run `tests.checkpoint_process`; the lines that each wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.checkpoint_process", str(folder), str(port)]
-    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.checkpoint_process", str(folder / "run"), str(port)]
+    root, files = Path(__file__).parents[1], [folder / f"{index}.txt" for index in range(2)]
     running = [
-        subprocess.Popen([*command, str(i)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
+        subprocess.Popen([*command, str(index), str(file)], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for index, file in enumerate(files)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in running]
+        errors = [process.communicate(timeout=300)[1] for process in running]
     finally:
         for process in running:
             process.kill()
-    for process, (_, err) in zip(running, outputs, strict=True):
-        assert process.returncode == 0, err
-    return [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
+    for process, err in zip(running, errors, strict=True):
+        assert process.returncode == 0, err.decode()
+    return [file.read_text().splitlines() for file in files]
 
 
 def test_two_processes_and_one_read_what_the_other_wrote_and_agree_on_what_is_damaged(tmp_path):
     saved = arrays(mesh(fsdp=4, tensor=2))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path / "run") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, *saved, data={"next_index": step}, meta={"seed": 0})
-    for file in (tmp_path / "2" / "trainable").glob("**/d/*"):
+    for file in (tmp_path / "run" / "2" / "trainable").glob("**/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     for lines in processes(tmp_path):
         assert lines == [
@@ -169,7 +169,7 @@ def test_two_processes_and_one_read_what_the_other_wrote_and_agree_on_what_is_da
             "left: [1]",
             "saved: [5, 6], best 5",
         ]
-    with Checkpoints(tmp_path, create=False) as checkpoints:
+    with Checkpoints(tmp_path / "run", create=False) as checkpoints:
         assert (checkpoints.steps(), checkpoints.best()) == ([5, 6], 5)
         for item, like in zip(("trainable", "state"), saved, strict=True):
             found = checkpoints.arrays(6, item, like)
