@@ -86,7 +86,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that were written whole, the oldest first."""
-        return json.loads(_gather(json.dumps(sorted(self._manager.all_steps())))[0])
+        return json.loads(_gather(json.dumps(sorted(self._manager.all_steps(read=True))))[0])
 
     def latest(self) -> int | None:
         """The newest step that was written whole, or None."""
