@@ -125,7 +125,8 @@ class RunConfig:
         eval_every: steps between evaluations; 0 evaluates only before the first step and after the last.
         eval_rows: evaluate on at most so many rows; null takes all.
         save_every: steps between checkpoints; 0 saves only after the last.
-        keep: checkpoints kept.
+        keep: checkpoints kept, the newest; the best is kept as well: of those saved at an evaluation, the one of the
+            lowest held-out loss.
         log_every: steps between fetches of the loss from the device.
         seed: seeds the adapters, the held-out split and the order of the rows.
         resume: continue from the newest checkpoint in out; false refuses a directory that has one.
@@ -203,6 +204,7 @@ class EvaluateConfig:
         data: JSON array or JSONL file of records.
         run: directory of a run; its base, adapters and prompt template are used.
         model: Hugging Face directory or hub id of a plain model, in place of run.
+        step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
         base: where the run's base is now, if it has moved.
         dtype: type of the base weights and of the activations; null keeps the run's or the checkpoint's.
         template: prompt template; null takes the run's, or plain.
@@ -218,6 +220,7 @@ class EvaluateConfig:
     data: str
     run: str | None = None
     model: str | None = None
+    step: Literal["last", "best"] | int = "last"
     base: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     template: str | None = None
@@ -232,6 +235,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
             raise UsageError("give either --run, a run's directory, or --model, a Hugging Face directory")
+        if self.run is None and self.step != "last":
+            raise UsageError("--step chooses a checkpoint of --run")
         if self.batch_size < 1 or self.max_new_tokens < 0 or (self.limit or 1) < 1 or (self.max_length or 1) < 1:
             raise UsageError("batch_size, limit and max_length should be at least 1, max_new_tokens at least 0")
 
@@ -251,7 +256,8 @@ class ExportConfig:
         energy: share of each update's squared norm that --as lora keeps, in place of rank.
         dtype: type of the merged model's weights; null keeps the base's.
         verify: read the directory back and print the largest difference of logits from the run's.
-        base: where the run's base is now, if it has moved; only its shapes are checked.
+        step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
+        base: where the run's base is now, if it has moved.
     """
 
     run: str
@@ -263,6 +269,7 @@ class ExportConfig:
     energy: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     verify: bool = False
+    step: Literal["last", "best"] | int = "last"
     base: str | None = None
 
     def __post_init__(self) -> None:

@@ -131,7 +131,7 @@ def mean_loss(
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Loss and accuracy of a run's newest checkpoint or of a plain model.
+    """Loss and accuracy of a run's checkpoint or of a plain model.
 
     Raises:
         HadamaxError: a run, model or data file that cannot be used.
@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     records = data.read_records(config.data)[: config.limit]
     injection = adapters = None
     if config.run is not None:
-        run = load_run(config.run, config.base, config.dtype)
+        run = load_run(config.run, config.base, config.dtype, config.step)
         base, settings = run.base, run.config.data
         params = hx.join(run.trainable["base"], base.params)
         injection, adapters = run.injection, run.trainable["adapters"]

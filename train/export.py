@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.export --help`."""
     config = parse(ExportConfig, argv, "train.export")
     check_new(config.out)  # before the work
-    run = load_run(config.run, config.base)
+    run = load_run(config.run, config.base, step=config.step)
     if config.adapter is None:
         losses, total = export_merged(config, run)
         report("share of the update lost by rounding", "merge loss", {**losses, "all": total})

@@ -5,7 +5,7 @@
 
 Reads from top to bottom: `finetune` prepares the base, the data, the adapters and the optimiser, then runs the loop.
 `make_steps` holds what is compiled. The run's folder gets config.json, metrics.jsonl, TensorBoard events, loss.png,
-summary.json and checkpoints, from the newest of which the same command continues.
+summary.json and checkpoints, the last ones and the best; from the newest the same command continues.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from hadamax.checkpoint import Checkpoints
 from train import cli, data, metrics, optim
 from train.config import Config, parse
 from train.progress import Progress, show
+from train.resume import identity, resume
 from train.run import Base, apply_of, initial_trainable, injection_of, load_base
 
 
@@ -150,10 +151,10 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     out.mkdir(parents=True, exist_ok=True)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
+    meta["base"] = identity(frozen)
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, signals() as received:
-        start = checkpoints.latest() or 0
+        start, state = resume(checkpoints, state, batches, meta, run.resume)
         if start:
-            state = resume(checkpoints, start, state, batches, meta, run.resume)
             print(f"continuing from step {start} of {steps} in {out}" if start < steps else f"{out} is finished")
         if start < steps:  # a finished run stays as it is
             metrics.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
@@ -186,7 +187,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                     log.log(step, eval_loss=(eval_loss := evaluate()))
                     progress.update(step, eval_loss=eval_loss)
                 if save_now:
-                    checkpoints.save(step, state.trainable, state.optimizer, data=batches.get_state(), meta=meta)
+                    loss, position = eval_loss if eval_now else None, batches.get_state()
+                    checkpoints.save(step, state.trainable, state.optimizer, data=position, meta=meta, loss=loss)
                     saved = step
                 if stop:
                     break
@@ -225,54 +227,6 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     metrics.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     params = hx.join(state.trainable["base"], frozen)
     return Result(summary, base, params, injection, state.trainable["adapters"])
-
-
-def resume(
-    checkpoints: Checkpoints, step: int, state: State, batches: Any, meta: dict[str, Any], wanted: bool
-) -> State:
-    """The state of a checkpoint, with the data iterator at its position.
-
-    Raises:
-        ConfigError: the run has another model or other adapters, or a new run was wanted.
-        CheckpointError: a damaged or mismatched checkpoint.
-    """
-    if not wanted:
-        raise hx.ConfigError(f"{checkpoints.directory} holds step {step}; give another run.out, or run.resume true")
-    old, meta = checkpoints.json(step, "meta"), json.loads(json.dumps(meta))  # tuples are lists in JSON
-    for name, there, here in (
-        ("model", old["config"]["model"]["base"], meta["config"]["model"]["base"]),
-        ("adapters", old["injection"], meta["injection"]),
-        ("train_base", old["config"]["adapter"]["train_base"], meta["config"]["adapter"]["train_base"]),
-    ):
-        if here != there:
-            found = f"was made with other {name}: {difference(there, here)}"
-            raise hx.ConfigError(f"{checkpoints.directory} {found}; give another run.out")
-    free = {"out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume"}  # change no parameter
-    for section in ("model", "data", "optim", "run"):
-        for name, value in meta["config"][section].items():
-            if name not in free and old["config"][section].get(name) != value:
-                changed = f"{section}.{name} was {old['config'][section].get(name)!r}, now {value!r}"
-                print(f"note: {changed}; the resumed run is not the uninterrupted one")
-    batches.set_state(checkpoints.json(step, "data"))
-    trainable = checkpoints.arrays(step, "trainable", state.trainable)
-    return State(trainable, checkpoints.arrays(step, "state", state.optimizer))
-
-
-def difference(there: Any, here: Any, where: str = "") -> str:
-    """The first difference of two JSON values.
-
-    Example:
-        >>> difference({"rules": [{"rank": 8}]}, {"rules": [{"rank": 16}]})
-        'rules.0.rank was 8, now 16'
-    """
-    if type(there) is type(here) and isinstance(there, dict | list) and len(there) == len(here):
-        pairs = there.items() if isinstance(there, dict) else enumerate(there)
-        for key, value in pairs:
-            if isinstance(here, dict) and key not in here:
-                break
-            if value != here[key]:
-                return difference(value, here[key], f"{where}.{key}".lstrip("."))
-    return f"{where} was {json.dumps(there)}, now {json.dumps(here)}".lstrip()
 
 
 def check_finite(fetched: Sequence[dict[str, Any]], step: int, saved: int, out: Path) -> None:

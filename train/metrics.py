@@ -17,7 +17,8 @@ class Metrics:
 
     def __init__(self, folder: Path, start: int):
         self.path = folder / "metrics.jsonl"
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in read(self.path) if line["step"] <= start))
+        kept = [line for line in read(self.path) if start and line["step"] <= start]  # a run from step 0 logs that too
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         # Written here and now: SummaryWriter's thread fails with tracebacks on a full disk.
         (folder / "tensorboard").mkdir(exist_ok=True)

@@ -1,9 +1,10 @@
 """What a run is made of: the base with its tokenizer, the adapters' injection, and a finished run read back."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hadamax import hf
 from hadamax.checkpoint import Checkpoints
 from hadamax.models import Decoder, DecoderConfig
 from train.config import AdapterConfig, Config, ModelConfig, from_dict
+from train.resume import check_base, identity, newest
 
 
 class Base(NamedTuple):
@@ -117,27 +119,45 @@ def initial_trainable(
     }
 
 
-def load_run(directory: str | Path, base: str | None = None, dtype: Any = None) -> Run:
-    """The newest checkpoint of a run, on its base.
+def load_run(
+    directory: str | Path, base: str | None = None, dtype: Any = None, step: Literal["last", "best"] | int = "last"
+) -> Run:
+    """A checkpoint of a run, on its base.
 
     Args:
         directory: `run.out` of the run.
         base: where the base model is now, if it has moved.
         dtype: of the base, in place of the run's.
+        step: `"last"`, the newest; where that one is damaged, the one before it, which is said. `"best"`, of those
+            saved at an evaluation the one of the lowest held-out loss. Or a step.
 
     Raises:
-        CheckpointError: no run, a damaged checkpoint, a base that it does not fit.
+        CheckpointError: no run, no such checkpoint, a damaged one.
+        BaseMismatchError: another base than the run's.
     """
     if not Path(directory).is_dir():
         raise hx.CheckpointError(f"no run directory {directory}")
-    with Checkpoints(Path(directory) / "checkpoints", create=False) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise hx.CheckpointError(f"{directory} holds no checkpoint yet")
+    load = functools.cache(load_base)
+
+    def read(step: int) -> tuple[dict[str, Any], Run]:
         meta = checkpoints.json(step, "meta")
         config = from_dict(meta["config"])
-        loaded = load_base(ModelConfig(base or config.model.base, dtype or config.model.dtype))
+        loaded = load(ModelConfig(base or config.model.base, dtype or config.model.dtype))
         injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
         key = jax.random.key(0)
         like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)
-        return Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
+        return meta, Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
+
+    with Checkpoints(Path(directory) / "checkpoints", create=False) as checkpoints:
+        if not (steps := checkpoints.steps()):
+            raise hx.CheckpointError(f"{directory} holds no checkpoint yet")
+        if step == "last":
+            _, (meta, run) = newest(checkpoints, read)
+        elif (chosen := checkpoints.best() if step == "best" else step) in steps:
+            meta, run = read(chosen)
+        else:
+            wanted = "none saved at a step that was evaluated" if step == "best" else f"no step {step}"
+            raise hx.CheckpointError(f"{directory} holds the steps {', '.join(map(str, steps))}, {wanted}")
+        _, frozen = hx.split(run.base.params, run.config.adapter.train_base)
+        check_base(checkpoints, meta["base"], identity(frozen))
+        return run

@@ -118,7 +118,7 @@ def test_an_encoder_is_refused(run, base_dir, tmp_path):
     assert "task 'causal_lm' is unknown for bert" in err
 
 
-def test_a_truncated_checkpoint(run, tmp_path):
+def test_checkpoints_that_are_all_damaged(run, tmp_path):
     assert run()[0] == 0
     for path in (tmp_path / "run/checkpoints/2").glob("trainable/**/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -128,7 +128,8 @@ def test_a_truncated_checkpoint(run, tmp_path):
     ):
         code, err = run(*argv, main=main)
         assert code == 1
-        assert f"checkpoint {tmp_path}/run/checkpoints/2 is damaged; remove that directory" in err
+        assert f"error: no checkpoint in {tmp_path}/run/checkpoints is whole: " in err
+        assert "checkpoints/2 is damaged" in err and err.endswith("; give another run.out")
 
 
 def test_a_checkpoint_of_other_adapters(run):
