@@ -17,6 +17,7 @@ from hadamax import views
 from hadamax.adapter import Adapter, Factors, Linear
 from hadamax.errors import MergeError
 from hadamax.methods.merging import widened
+from hadamax.quantized import QuantizedWeight, dequantized, is_qarray
 from hadamax.views import Axes
 
 
@@ -25,7 +26,7 @@ class LazyWeight:
     """An adapted kernel that is not merged yet.
 
     Attributes:
-        kernel: W0 in its own layout.
+        kernel: W0 in its own layout; quantised, a `qwix.QArray`.
         bias: the layer's bias `[batch..., out]`, or None.
         factors: leaves `[batch..., ...]`.
         active: `[batch...]` booleans, which of the batch (layers) are adapted; None for all.
@@ -92,7 +93,7 @@ class LazyWeight:
         bias is `[batch..., out]`, or None where the adapter leaves it as it is."""
 
         def merge(kernel, bias, factors, active):
-            base = widened(Linear(kernel, bias))
+            base = widened(Linear(dequantized(kernel), bias))
             merged = self.adapter.merge(factors, base)
             if merged.bias is base.bias or merged.bias is None:
                 merged, base = merged._replace(bias=None), base._replace(bias=None)
@@ -102,8 +103,27 @@ class LazyWeight:
 
         for _ in views.of_role(self.axes, "b"):
             merge = jax.vmap(merge)
-        merged = merge(views.canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
+        merged = merge(canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
         return merged._replace(kernel=views.restore(merged.kernel, self.axes, self.shape))
+
+
+# The adapter of a kernel that is not adapted, but lazy because it is quantised.
+PLAIN = Adapter(
+    init=lambda key, linear: (),
+    merge=lambda factors, linear: linear,
+    dot=lambda factors, linear, x: x @ linear.kernel.astype(x.dtype),
+    config={"method": "none"},
+)
+
+
+def unadapted(weight: QuantizedWeight) -> LazyWeight:
+    """A quantised kernel as a lazy weight, so that it is dequantised inside the layer that uses it."""
+    return LazyWeight(weight.array, None, (), None, adapter=PLAIN, axes=weight.axes, path="")
+
+
+def canonical(kernel: Any, axes: Axes) -> Any:
+    """`views.canonical` of an array, or of each part of a quantised one."""
+    return jax.tree.map(lambda part: views.canonical(part, axes), kernel)
 
 
 def matmul(
@@ -138,14 +158,16 @@ def matmul(
         return jnp.transpose(leaf, [*permutation, *range(len(own), leaf.ndim)])
 
     one = w.map_batch(reorder)
-    one["kernel"] = reorder(views.canonical(w.kernel, w.axes))
+    one["kernel"] = jax.tree.map(reorder, canonical(w.kernel, w.axes))
 
     def dot(one: dict[str, Any], x: jax.Array) -> jax.Array:
         if role == "o":
             return _transposed_dot(w, one, x)
-        if one["active"] is None:
-            return w.adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x)
-        return _where_active(w.adapter, one, x)
+        if one["active"] is not None:
+            return _where_active(w.adapter, one, x)
+        if is_qarray(one["kernel"]):
+            return jax.checkpoint(_dot, static_argnums=0)(w.adapter, one, x)  # nothing dequantised is kept
+        return _dot(w.adapter, one, x)
 
     for _ in loose:
         dot = jax.vmap(dot, in_axes=(0, None))
@@ -163,6 +185,10 @@ def matmul(
     return jnp.transpose(y, [labels.index(label) for label in (*batched, *xs, *kept)])
 
 
+def _dot(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
+    return adapter.dot(one["factors"], Linear(dequantized(one["kernel"]), one["bias"]), x)
+
+
 def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
     """The adapter's `dot` in active layers, the base matmul in the others."""
 
@@ -170,8 +196,8 @@ def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Ar
     def dot(one, x):
         return lax.cond(
             one["active"],
-            lambda: adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x),
-            lambda: x @ one["kernel"].astype(x.dtype),
+            lambda: _dot(adapter, one, x),
+            lambda: x @ dequantized(one["kernel"]).astype(x.dtype),
         )
 
     return dot(one, x)
@@ -193,11 +219,14 @@ def cast(w: LazyWeight, dtype) -> LazyWeight | None:
 
 def transpose(w: LazyWeight, order: Sequence[int]) -> LazyWeight:
     """`jnp.transpose`."""
-    return w.replace(kernel=jnp.transpose(w.kernel, order), axes=tuple(w.axes[at] for at in order))
+    kernel = jax.tree.map(lambda part: jnp.transpose(part, order), w.kernel)
+    return w.replace(kernel=kernel, axes=tuple(w.axes[at] for at in order))
 
 
 def reshape(w: LazyWeight, shape: Sequence[int]) -> LazyWeight | None:
     """`reshape` that splits or joins axes within a role, of a kernel whose roles lie one after the other."""
+    if is_qarray(w.kernel):
+        return None  # blocks would have to be split or joined too
     batch = len(views.of_role(w.axes, "b"))
     first = w.axes[batch][0] if batch < w.ndim else "b"
     second = {"i": "o", "o": "i"}.get(first, "b")
@@ -220,7 +249,8 @@ def cut(w: LazyWeight, dims: Sequence[int], function: Callable[[jax.Array, int, 
     for dim in dims:
         axis = own.index(w.axes[dim])
         fields = w.map_batch(lambda leaf, axis=axis, dim=dim: function(leaf, axis, dim))
-        w = w.replace(kernel=function(w.kernel, dim, dim), **fields)
+        kernel = jax.tree.map(lambda part, dim=dim: function(part, dim, dim), w.kernel)
+        w = w.replace(kernel=kernel, **fields)
     return w
 
 
@@ -231,7 +261,8 @@ def squeeze(w: LazyWeight, dims: Sequence[int]) -> LazyWeight | None:
     gone = [views.of_role(w.axes, "b").index(w.axes[dim]) for dim in dims]
     fields = w.map_batch(lambda leaf: jnp.squeeze(leaf, gone))
     axes = tuple(label for at, label in enumerate(w.axes) if at not in dims)
-    return w.replace(kernel=jnp.squeeze(w.kernel, dims), axes=axes, **fields)
+    kernel = jax.tree.map(lambda part: jnp.squeeze(part, dims), w.kernel)
+    return w.replace(kernel=kernel, axes=axes, **fields)
 
 
 def batch_first(w: LazyWeight) -> LazyWeight | None:
@@ -244,6 +275,6 @@ def batch_first(w: LazyWeight) -> LazyWeight | None:
 
 def rows(w: LazyWeight, select: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
     """`select(merged table)` for a selection of rows, merging only them."""
-    if w.axes != ("i0", "o0") or w.adapter.rows is None or w.active is not None:
+    if w.axes != ("i0", "o0") or w.adapter.rows is None or w.active is not None or is_qarray(w.kernel):
         return None
     return w.replace(kernel=select(w.kernel), factors=w.adapter.rows(w.factors, select)).materialise()

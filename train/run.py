@@ -42,7 +42,9 @@ def load_base(config: ModelConfig) -> Base:
     """
     from transformers import AutoTokenizer  # slow to import
 
-    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype, task="causal_lm")
+    model, params, decoder = hf.load_pretrained(
+        config.base, dtype=config.dtype, task="causal_lm", quantize=config.quantize
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -98,7 +100,8 @@ def _rule(pattern: str, rule: dict[str, Any]) -> Any:
 def apply_of(model: Decoder, injection: hx.Injection | None) -> Callable[..., Any]:
     """`(params, adapters, ...) -> model.apply(adapted params, ...)`."""
     if injection is None:
-        return lambda params, adapters, *args, **kwargs: model.apply(params, *args, **kwargs)
+        apply = hx.lazily(model.apply)
+        return lambda params, adapters, *args, **kwargs: apply(params, *args, **kwargs)
     return injection.apply(model.apply)
 
 
@@ -136,7 +139,8 @@ def load_run(directory: str | Path, base: str | None = None, dtype: Any = None) 
             raise hx.CheckpointError(f"{directory} holds no checkpoint yet")
         meta = checkpoints.json(step, "meta")
         config = from_dict(meta["config"])
-        loaded = load_base(ModelConfig(base or config.model.base, dtype or config.model.dtype))
+        model = config.model
+        loaded = load_base(ModelConfig(base or model.base, dtype or model.dtype, quantize=model.quantize))
         injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
         key = jax.random.key(0)
         like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)
