@@ -13,7 +13,7 @@ import numpy as np
 from hadamax import paths, stacks, targets, views
 from hadamax.adapter import Adapter, Factors
 from hadamax.config import adapter_from_config
-from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, nearest
+from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, ViewError, nearest
 from hadamax.lazy import lazily
 from hadamax.quantized import dequantized, is_quantized
 from hadamax.summary import Row, Summary
@@ -51,8 +51,8 @@ def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | Non
 class Injection(NamedTuple):
     """Adapters placed in a parameter tree by rules. Made by `inject`; all methods are pure.
 
-    `params` is any pytree of arrays, and of quantised kernels: linen dicts, `nnx.State`, plain dicts. `adapters` is `{kernel path: factors}`,
-    each factor leading with the kernel's batch axes (restricted to the rule's layers).
+    `params` is any pytree of arrays and of quantised kernels: linen dicts, `nnx.State`, plain dicts. `adapters` is
+    `{kernel path: factors}`, each factor leading with the kernel's batch axes (restricted to the rule's layers).
     """
 
     rules: tuple[tuple[paths.Pattern, Rule], ...]
@@ -73,9 +73,7 @@ class Injection(NamedTuple):
         found = targets.find(self.rules, self.view, self.exclude, shapes)
         for path, target in found.items():
             if is_quantized(leaves[path]) and leaves[path].axes != target.axes:
-                quantized, adapted = (
-                    "".join(label[0] for label in axes) for axes in (leaves[path].axes, target.axes)
-                )
+                quantized, adapted = ("".join(label[0] for label in axes) for axes in (leaves[path].axes, target.axes))
                 raise ViewError(f"{path} was quantised with view {quantized!r}, but is adapted with view {adapted!r}")
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise NotAMatrixError(f"{path}: a kernel must be floating point, found {leaves[path].dtype}")
@@ -144,9 +142,7 @@ class Injection(NamedTuple):
                 active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
             bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
             kernel = leaf.array if is_quantized(leaf) else jnp.asarray(leaf)
-            return LazyWeight(
-                kernel, bias, factors, active, adapter=target.adapter, axes=target.axes, path=path
-            )
+            return LazyWeight(kernel, bias, factors, active, adapter=target.adapter, axes=target.axes, path=path)
 
         return paths.map_leaves(lazy, params)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hadamax import paths, targets, views
-from hadamax.errors import ConfigError, NotAMatrixError, nearest
+from hadamax.errors import ConfigError, NotAMatrixError
 from hadamax.methods.products import wide
 from hadamax.quantized import QuantizedWeight, dequantized, is_quantized
 from hadamax.targets import Rule
@@ -64,7 +64,9 @@ def quantize(
         (8,)
     """
     chosen = selected(params, dtype, patterns=patterns, exclude=exclude, view=view, block=block)
-    return paths.map_leaves(lambda path, leaf: one(leaf, chosen[path], dtype, block) if path in chosen else leaf, params)
+    return paths.map_leaves(
+        lambda path, leaf: one(leaf, chosen[path], dtype, block) if path in chosen else leaf, params
+    )
 
 
 def selected(

@@ -84,4 +84,3 @@ def dequantized(x: Any) -> jax.Array:
     values = values.astype(array.dtype).reshape(blocks)
     scale = array.scale.reshape([n for n in array.scale.shape for n in (n, 1)])
     return (values * jnp.broadcast_to(scale, values.shape)).reshape(array.qvalue.shape)
-

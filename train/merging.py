@@ -44,8 +44,9 @@ def merge(run: Run, dtype: Any = None) -> Any:
 
 
 def merge_loss(run: Run, dtype: Any = None) -> tuple[dict[str, float], float]:
-    """What rounding to the written dtype loses of the updates, one matrix at a time. W0 of a quantised base is what it is
-    dequantised to.
+    """What rounding to the written dtype loses of the updates, one matrix at a time.
+
+    W0 of a quantised base is what it is dequantised to.
 
     Args:
         dtype: of the result; None keeps each base leaf's.
