@@ -7,7 +7,7 @@ import pytest
 import hadamax as hx
 from hadamax import hf, paths, quant
 from train import cli, demo, evaluate, export, tasks
-from train.config import Config, DataConfig, EvaluateConfig, ExportConfig, ModelConfig, OptimConfig, RunConfig
+from train.config import Config, DataConfig, EvaluateConfig, ModelConfig, OptimConfig, RunConfig
 from train.finetune import finetune, main
 from train.merging import merge, requantizing_loss
 from train.run import load_run
@@ -16,16 +16,18 @@ pytest.importorskip("qwix")
 
 
 def test_training_on_a_quantised_base_gains_what_it_gains_on_the_base(tmp_path):
-    """The final held-out loss is within 5 % of the gain. Measured: 0.6 % (int8) and 0.1 % (nf4) for HiRA in 40 steps."""
+    """The final held-out loss is within 5 % of the gain; 0.6 % (int8) and 1.6 % (nf4) when this was written."""
     train, test = tasks.write(tmp_path / "data", n_train=640, n_test=64)
     losses = {}
     for kind in (None, "int8", "nf4"):
         run = RunConfig(str(tmp_path / str(kind)), steps=40, batch_size=16, eval_every=0, save_every=0)
-        model, settings = ModelConfig(str(demo.BASE), quantize=kind), DataConfig(str(train), eval=str(test), max_length=32)
+        model, settings = (
+            ModelConfig(str(demo.BASE), quantize=kind),
+            DataConfig(str(train), eval=str(test), max_length=32),
+        )
         summary = finetune(Config(model, settings, demo.METHODS["hira"], OptimConfig(), run)).summary
         losses[kind] = (summary["eval_loss_first"], summary["eval_loss_last"])
     (first, last), gained = losses[None], losses[None][0] - losses[None][1]
-    print(losses)
     assert gained > 0.5 * first
     for kind in ("int8", "nf4"):
         assert losses[kind] != losses[None]
@@ -57,7 +59,7 @@ def test_the_export_says_that_the_base_was_quantised_and_what_quantising_again_w
     export.main(["--run", str(out), "--out", str(tmp_path / "merged"), "--verify"])
     said = " ".join(capsys.readouterr().out.split())
     run = load_run(out)
-    assert f"note: the base was quantised to int8: what is written is its dequantised weights" in said
+    assert "note: the base was quantised to int8: what is written is its dequantised weights" in said
     assert f"quantising them again would lose {requantizing_loss(run):.0%} of the update" in said
     _, written, _ = hf.load_pretrained(tmp_path / "merged")
     expected = merge(run)
