@@ -24,6 +24,8 @@ from hadamax.inject import Injection, at, from_config, inject
 from hadamax.lazy import lazily
 from hadamax.methods import abba, boha, dora, gralora, hadamard_adapter, hira, ia3, loha, lora
 from hadamax.native import load_adapters, save_adapters
+from hadamax.quant import dequantize, quantization_error, quantize
+from hadamax.quantized import QuantizedWeight
 from hadamax.sharding import batch_sharding, make_mesh, param_shardings
 from hadamax.version import __version__ as __version__
 from hadamax.weight import LazyWeight
@@ -49,6 +51,7 @@ __all__ = [
     "MergeError",
     "NoMatchError",
     "NotAMatrixError",
+    "QuantizedWeight",
     "ViewError",
     "abba",
     "adapter_from_config",
@@ -58,6 +61,7 @@ __all__ = [
     "boha",
     "chain",
     "convert",
+    "dequantize",
     "dora",
     "from_config",
     "gralora",
@@ -72,6 +76,8 @@ __all__ = [
     "lora",
     "make_mesh",
     "param_shardings",
+    "quantization_error",
+    "quantize",
     "save_adapters",
     "scaled",
     "split",

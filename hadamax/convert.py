@@ -359,7 +359,7 @@ def _truncated(stack: _Stack, rank: int | None, energy: float | None) -> _Form:
 def _core(target: Target, linear: dict[str, jax.Array], factors: Factors, number: int):
     """`(left, core, right)` of one matrix; without sides where there is no form of a rank below `min(in, out)`."""
     stacked, _ = stacks.stacked(stacks.canonical(linear, target), target)
-    base: Linear = widened(jax.tree.map(lambda leaf: leaf[number], stacked))
+    base: Linear = widened(stacks.dense(jax.tree.map(lambda leaf: leaf[number], stacked)))
     if low := _low_rank(target.adapter.config, factors):
         if low[0].shape[1] >= min(base.kernel.shape):
             return None, low[0] @ low[1], None

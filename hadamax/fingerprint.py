@@ -4,6 +4,9 @@ Each entry is rounded to bfloat16, mixed with its position in wrapping 32-bit in
 sum knows no order, so neither the device nor the sharding matters; and a bfloat16 file loaded as float32 has the
 fingerprint of a float32 file loaded as bfloat16. A file loaded as float16 is rounded otherwise: its fingerprint differs
 unless every entry is a float16 number. It guards against mistakes, not against forgery.
+
+A quantised kernel is known by its codes and scales: adapters belong to the base that they were trained on, and that is
+another than the one it was quantised from.
 """
 
 import functools
@@ -17,6 +20,7 @@ import numpy as np
 
 from hadamax import paths
 from hadamax.errors import ConfigError
+from hadamax.quantized import is_quantized
 
 _BLOCK = 2**21  # entries at a time: XLA's CPU backend keeps the mixed entries in memory, and these stay in the cache
 
@@ -41,10 +45,12 @@ def fingerprint(leaves: dict[str, Any]) -> dict[str, str]:
         >>> fingerprint({"w": kernel}) == fingerprint({"w": kernel.at[0, 1].add(0.1)})
         False
     """
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise ConfigError(f"{path}: only an array has a fingerprint, found {type(leaf).__name__}")
-    sums = {path: _blocks(jnp.asarray(leaf)) for path, leaf in leaves.items()}
+    parts = {path: jax.tree.leaves(leaf.array) if is_quantized(leaf) else [leaf] for path, leaf in leaves.items()}
+    for path, arrays in parts.items():
+        for array in arrays:
+            if not isinstance(array, jax.Array | np.ndarray):
+                raise ConfigError(f"{path}: only an array has a fingerprint, found {type(array).__name__}")
+    sums = {path: [s for array in arrays for s in _blocks(jnp.asarray(array))] for path, arrays in parts.items()}
     return {path: f"{sum(map(int, parts)) % 2**32:08x}" for path, parts in jax.device_get(sums).items()}
 
 

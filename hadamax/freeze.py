@@ -6,15 +6,21 @@ from typing import Any
 import jax
 
 from hadamax import paths
+from hadamax.errors import ConfigError
+from hadamax.quantized import is_quantized
 
 
 def _selected(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern]) -> set[str]:
-    all_paths = list(paths.leaves(params))
+    leaves = paths.leaves(params)
+    all_paths = list(leaves)
     selected: set[str] = set()
     for pattern in paths.as_patterns(patterns):
         if not (matched := paths.below(pattern, all_paths)):
             raise paths.no_match(pattern, all_paths)
         selected |= matched
+    for path in selected:
+        if is_quantized(leaves[path]):
+            raise ConfigError(f"{path} is quantised and cannot train: adapt it, or leave it as it is when quantising")
     return selected
 
 
@@ -27,6 +33,7 @@ def split(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern]) -> tup
 
     Raises:
         NoMatchError: a pattern selects nothing.
+        ConfigError: a pattern selects a quantised kernel.
 
     Example:
         >>> split({"dense": {"kernel": 1, "bias": 2}}, ["bias"])
@@ -56,6 +63,7 @@ def trainable_mask(params: Any, patterns: paths.Pattern | Iterable[paths.Pattern
 
     Raises:
         NoMatchError: a pattern selects nothing.
+        ConfigError: a pattern selects a quantised kernel.
 
     Example:
         >>> trainable_mask({"dense": {"kernel": 1, "bias": 2}}, ["bias"])

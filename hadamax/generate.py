@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from hadamax.errors import ConfigError
+from hadamax.lazy import lazily
 
 
 def generate(
@@ -68,7 +69,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _greedy(model, apply, max_new_tokens, ends, params, input_ids, attention_mask, pad_id):
-    apply = model.apply if apply is None else apply
+    apply = lazily(model.apply) if apply is None else apply
     batch, length = input_ids.shape
     logits, cache = apply(
         params, input_ids, attention_mask, model.init_cache(batch, length + max_new_tokens), method="decode"

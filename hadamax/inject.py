@@ -14,11 +14,13 @@ from jax.sharding import NamedSharding
 from hadamax import paths, stacks, targets, views
 from hadamax.adapter import Adapter, Factors
 from hadamax.config import adapter_from_config
-from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, nearest
+from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, ViewError, nearest
 from hadamax.lazy import lazily
+from hadamax.quantized import dequantized, is_quantized
+from hadamax.shards import Placement
 from hadamax.summary import Row, Summary
 from hadamax.targets import Rule, Target
-from hadamax.weight import LazyWeight, Placement
+from hadamax.weight import LazyWeight
 
 
 def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | None = None) -> Rule:
@@ -51,8 +53,8 @@ def at(adapter: Adapter, *, view: str | None = None, layers: Sequence[int] | Non
 class Injection(NamedTuple):
     """Adapters placed in a parameter tree by rules. Made by `inject`; all methods are pure.
 
-    `params` is any pytree of arrays: linen dicts, `nnx.State`, plain dicts. `adapters` is `{kernel path: factors}`,
-    each factor leading with the kernel's batch axes (restricted to the rule's layers).
+    `params` is any pytree of arrays and of quantised kernels: linen dicts, `nnx.State`, plain dicts. `adapters` is
+    `{kernel path: factors}`, each factor leading with the kernel's batch axes (restricted to the rule's layers).
     """
 
     rules: tuple[tuple[paths.Pattern, Rule], ...]
@@ -65,12 +67,16 @@ class Injection(NamedTuple):
         Raises:
             NoMatchError: a pattern or an exclusion that selects nothing, or a layer that is not there.
             NotAMatrixError: a pattern that selects a bias, a norm's scale or another vector, or integers.
-            ViewError: a kernel of more than two axes without a view, or a view that does not fit.
+            ViewError: a kernel of more than two axes without a view, or a view that does not fit, or is not the one
+                that the kernel was quantised with.
         """
         leaves = {path: leaf for path, leaf in paths.leaves(params).items() if hasattr(leaf, "shape")}
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         found = targets.find(self.rules, self.view, self.exclude, shapes)
-        for path in found:
+        for path, target in found.items():
+            if is_quantized(leaves[path]) and leaves[path].axes != target.axes:
+                quantized, adapted = ("".join(label[0] for label in axes) for axes in (leaves[path].axes, target.axes))
+                raise ViewError(f"{path} was quantised with view {quantized!r}, but is adapted with view {adapted!r}")
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
                 raise NotAMatrixError(f"{path}: a kernel must be floating point, found {leaves[path].dtype}")
         return found
@@ -87,10 +93,12 @@ class Injection(NamedTuple):
             linear, batch = stacks.stacked(stacks.canonical(leaves, target), target)
             if target.layers is not None:
                 batch = (len(target.layers), *batch[1:])
-            keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), len(linear.kernel))
+            keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), linear.kernel.shape[0])
             try:
                 # one matrix after the other: an SVD of a whole stack at once would take the stack's size several times
-                factors = jax.lax.map(lambda args, init=target.adapter.init: init(*args), (keys, linear))
+                factors = jax.lax.map(
+                    lambda args, init=target.adapter.init: init(args[0], stacks.dense(args[1])), (keys, linear)
+                )
             except HadamaxError as error:
                 raise type(error)(f"{path}: {error}") from None
             adapters[path] = jax.tree.map(lambda leaf, batch=batch: leaf.reshape(*batch, *leaf.shape[1:]), factors)
@@ -106,7 +114,7 @@ class Injection(NamedTuple):
         Raises:
             HadamaxError: what `targets` raises.
         """
-        leaves, spots = paths.leaves(params), paths.leaves(placed)
+        leaves, spots = paths.leaves(params), _spots(placed)
         return {
             path: stacks.factor_shardings(leaves, target, spots[path]) for path, target in self.targets(params).items()
         }
@@ -121,7 +129,7 @@ class Injection(NamedTuple):
             ConfigError: the adapters were made for other kernels.
         """
         leaves, selected = paths.leaves(params), self.checked(params, adapters)
-        spots = {} if placed is None else paths.leaves(placed)
+        spots = {} if placed is None else _spots(placed)
 
         def lazy(path: str, leaf: Any) -> Any:
             if path not in selected:
@@ -135,10 +143,11 @@ class Injection(NamedTuple):
                 on = np.isin(range(batch[0]), target.layers)
                 active = jnp.broadcast_to(on.reshape(-1, *[1] * (len(batch) - 1)), batch)
             bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
+            kernel = leaf.array if is_quantized(leaf) else jnp.asarray(leaf)
             static: dict[str, Any] = {"adapter": target.adapter, "axes": target.axes, "path": path}
             if path in spots:
                 static["placement"] = _placement(spots[path], target.axes)
-            return LazyWeight(jnp.asarray(leaf), bias, factors, active, **static)
+            return LazyWeight(kernel, bias, factors, active, **static)
 
         return paths.map_leaves(lazy, params)
 
@@ -165,6 +174,9 @@ class Injection(NamedTuple):
         A shift of a layer without a bias (Hadamard Adapter) adds a `bias` leaf. Our own models use it; another model
         must be one that asks for biases, as flax passes over a leaf that no module asks for.
 
+        A quantised base comes out as plain arrays: the update is added to the dequantised kernel in at least float32,
+        and kernels that are not adapted are dequantised. `hx.quantization_error` says what quantising again would lose.
+
         Raises:
             MergeError: factors that are not finite (outside `jit`), a method that does not fold.
             ConfigError: the adapters were made for other kernels.
@@ -177,10 +189,12 @@ class Injection(NamedTuple):
                     raise MergeError(f"{path}: the factors hold NaN or infinity; nothing was merged")
             linear = stacks.canonical(leaves, target)
             stacked, batch = stacks.stacked(linear, target)
-            rows, ndim = len(stacked.kernel), len(batch)
+            rows, ndim = stacked.kernel.shape[0], len(batch)
             flat = jax.tree.map(lambda leaf, rows=rows, ndim=ndim: leaf.reshape(rows, *leaf.shape[ndim:]), factors)
             try:
-                result = jax.lax.map(lambda args, merge=target.adapter.merge: merge(*args), (flat, stacked))
+                result = jax.lax.map(
+                    lambda args, merge=target.adapter.merge: merge(args[0], stacks.dense(args[1])), (flat, stacked)
+                )
             except HadamaxError as error:
                 raise type(error)(f"{path}: {error}") from None
             kernel, bias = stacks.unstacked(result, linear, target)
@@ -193,7 +207,7 @@ class Injection(NamedTuple):
                 (merged if target.bias else new)[where] = views.restore(
                     bias, target.bias_axes, views.sizes(shape, target.axes, list(target.bias_axes))
                 )
-        params = paths.map_leaves(lambda path, leaf: merged.get(path, leaf), params)
+        params = paths.map_leaves(lambda path, leaf: merged[path] if path in merged else dequantized(leaf), params)
         for path, bias in new.items():
             try:
                 params = paths.add_leaf(params, path, bias)
@@ -259,6 +273,12 @@ class Injection(NamedTuple):
                         f" {target.adapter.config['method']}, found {shape}: the adapters were made by other rules"
                     )
         return selected
+
+
+def _spots(placed: Any) -> dict[str, NamedSharding]:
+    """Where each kernel lies; a quantised one as its codes."""
+    spots = paths.leaves(placed)
+    return {path: spot.array.qvalue if is_quantized(spot) else spot for path, spot in spots.items()}
 
 
 def _placement(placed: NamedSharding, axes: views.Axes) -> Placement:

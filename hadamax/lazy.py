@@ -21,6 +21,7 @@ from jax.extend import core
 from jax.extend.core import primitives as p
 
 from hadamax import weight
+from hadamax.quantized import dequantized, is_qarray, is_quantized
 from hadamax.weight import LazyWeight
 
 
@@ -33,7 +34,9 @@ def _array(x: Any) -> Any:
 
 
 def lazily(fn: Callable) -> Callable:
-    """Let `fn` take lazy weights where it takes arrays. Arguments that are no arrays are passed on as they are.
+    """Let `fn` take lazy weights, and quantised ones, where it takes arrays.
+
+    Arguments that are no arrays are passed on as they are.
 
     Args:
         fn: any JAX function. It is traced at each call: put `jax.jit` around the result.
@@ -46,7 +49,8 @@ def lazily(fn: Callable) -> Callable:
 
     @functools.wraps(fn)
     def wrapped(*args, **kwargs):
-        flat, tree = jax.tree.flatten((args, kwargs), is_leaf=is_lazy)
+        flat, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda x: is_lazy(x) or is_quantized(x))
+        flat = [weight.unadapted(leaf) if is_quantized(leaf) else leaf for leaf in flat]
         if not any(map(is_lazy, flat)):
             return fn(*args, **kwargs)
         traced = [at for at, leaf in enumerate(flat) if is_lazy(leaf) or isinstance(leaf, jax.Array | np.ndarray)]
@@ -59,11 +63,17 @@ def lazily(fn: Callable) -> Callable:
             return fn(*args, **kwargs)
 
         values = [flat[at] for at in traced]
-        examples = [value.kernel if is_lazy(value) else value for value in values]
+        examples = [_example(value) for value in values]
         closed, shapes = jax.make_jaxpr(on_arrays, return_shape=True)(*examples)
         return jax.tree.unflatten(jax.tree.structure(shapes), _arrays(closed.jaxpr, closed.consts, values))
 
     return wrapped
+
+
+def _example(value: Any) -> Any:
+    if not is_lazy(value):
+        return value
+    return jax.eval_shape(dequantized, value.kernel) if is_qarray(value.kernel) else value.kernel
 
 
 def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

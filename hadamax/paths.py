@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from hadamax.errors import ConfigError, NoMatchError, nearest
+from hadamax.quantized import is_quantized
 
 Pattern = str | re.Pattern[str]
 
@@ -32,7 +33,7 @@ def path_of(keys: Iterable[Any]) -> str:
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """`{path: leaf}` in the tree's order.
+    """`{path: leaf}` in the tree's order. A quantised kernel is one leaf.
 
     Raises:
         ConfigError: two leaves with one path.
@@ -42,7 +43,7 @@ def leaves(tree: Any) -> dict[str, Any]:
         {'mlp/bias': 2, 'mlp/kernel': 1}
     """
     found: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]:
         if (path := path_of(keys)) in found:
             raise ConfigError(
                 f"two parameters have the path {path!r}; rename one, or pass the `params` collection alone"
@@ -53,7 +54,9 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def map_leaves(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """The tree with `function(path, leaf)` at each leaf."""
-    return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(path_of(keys), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: function(path_of(keys), leaf), tree, is_leaf=is_quantized
+    )
 
 
 def module_of(path: str) -> str:

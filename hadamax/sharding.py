@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from hadamax import paths
 from hadamax.errors import ConfigError
+from hadamax.quantized import is_quantized
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes over which the rows of a batch are spread
@@ -68,7 +69,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
-def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The mesh axes over which the rows of a batch are spread."""
     return tuple(axis for axis in BATCH if axis in mesh.shape)
 
@@ -102,6 +103,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The tree with a `NamedSharding` in place of each array.
 
     Vectors and unknown matrices are whole on every device, and so is a dimension that its mesh axis does not divide.
+    The codes and scales of a quantised kernel lie as the kernel would, each with what divides its own axes.
 
     Args:
         params: arrays or `jax.ShapeDtypeStruct`s, as a model takes them or by path.
@@ -119,7 +121,9 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     if unknown := [name for name in mesh.axis_names if name not in AXES]:
         raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; known: {', '.join(AXES)}")
 
-    def sharding(path: str, leaf: Any) -> NamedSharding:
+    def sharding(path: str, leaf: Any) -> Any:
+        if is_quantized(leaf):
+            return jax.tree.map(lambda part: sharding(path, part), leaf)
         module, _, name = path.rpartition("/")
         matched = (axes for pattern, axes in RULES if re.search(rf"(^|/)({pattern})$", module))
         last = next(matched, (None, None)) if name in ("kernel", "embedding") else (None, None)

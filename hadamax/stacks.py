@@ -10,17 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from hadamax import views
+from hadamax import views, weight
 from hadamax.adapter import Adapter, Linear
+from hadamax.quantized import dequantized, is_quantized
 from hadamax.sharding import fitting
 from hadamax.targets import Target
 
 
 def canonical(leaves: Mapping[str, Any], target: Target) -> Linear:
-    """The layer as `[batch..., in, out]` and `[batch..., out]`."""
-    kernel = views.canonical(jnp.asarray(leaves[target.path]), target.axes)
+    """The layer as `[batch..., in, out]` and `[batch..., out]`; a quantised kernel as an array of codes and scales."""
+    leaf = leaves[target.path]
+    kernel = weight.canonical(leaf.array if is_quantized(leaf) else jnp.asarray(leaf), target.axes)
     bias = None if target.bias is None else views.canonical(jnp.asarray(leaves[target.bias]), target.bias_axes)
     return Linear(kernel, bias)
+
+
+def dense(linear: Linear) -> Linear:
+    """The layer with its kernel dequantised."""
+    return linear._replace(kernel=dequantized(linear.kernel))
 
 
 def stacked(linear: Linear, target: Target) -> tuple[Linear, tuple[int, ...]]:
@@ -28,15 +35,13 @@ def stacked(linear: Linear, target: Target) -> tuple[Linear, tuple[int, ...]]:
     batch = linear.kernel.shape[:-2]
     if target.layers is not None:
         linear = jax.tree.map(lambda leaf: leaf[jnp.array(target.layers)], linear)
-    flat = Linear(
-        linear.kernel.reshape(-1, *linear.kernel.shape[-2:]),
-        None if linear.bias is None else linear.bias.reshape(-1, linear.bias.shape[-1]),
-    )
-    return flat, batch
+    ndim = len(batch)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[ndim:]), linear), batch
 
 
 def unstacked(result: Linear, linear: Linear, target: Target) -> Linear:
     """The inverse of `stacked`: layers that are not the target's keep their weights, and a new bias there is zero."""
+    linear = dense(linear)
     if target.layers is None:
         batch = linear.kernel.shape[:-2]
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), result)
@@ -52,13 +57,14 @@ def unstacked(result: Linear, linear: Linear, target: Target) -> Linear:
 
 
 def size(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves if hasattr(leaf, "shape"))
 
 
 def factors_like(leaves: Mapping[str, Any], target: Target) -> Any:
     """The factors of a target as `jax.ShapeDtypeStruct`s, in the dtypes that `init` would give them."""
     needed = {path: leaves[path] for path in (target.path, target.bias) if path is not None}
-    linear = jax.eval_shape(lambda leaves: canonical(leaves, target), needed)
+    linear = jax.eval_shape(lambda leaves: dense(canonical(leaves, target)), needed)
     axes = linear.kernel.ndim - 2
     batch = linear.kernel.shape[:axes]
     if target.layers is not None:

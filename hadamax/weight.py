@@ -5,41 +5,21 @@ operations were found; `hadamax.lazy` finds them.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hadamax import views
 from hadamax.adapter import Adapter, Factors, Linear
 from hadamax.errors import MergeError
 from hadamax.methods.merging import widened
-from hadamax.sharding import batch_axes
+from hadamax.quantized import QuantizedWeight, dequantized, is_qarray
+from hadamax.shards import Placement, by_shard, gathered
 from hadamax.views import Axes
-
-
-class Placement(NamedTuple):
-    """Where a kernel lies.
-
-    Attributes:
-        mesh: the devices.
-        i: the mesh axes over which its flattened in axis is split, as in a `PartitionSpec`.
-        o: those of its flattened out axis.
-    """
-
-    mesh: Mesh
-    i: Any
-    o: Any
-
-    @property
-    def shards(self) -> int:
-        """Into how many parts the rows of a batch are split."""
-        return math.prod(self.mesh.shape[axis] for axis in batch_axes(self.mesh))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -47,7 +27,7 @@ class LazyWeight:
     """An adapted kernel that is not merged yet.
 
     Attributes:
-        kernel: W0 in its own layout.
+        kernel: W0 in its own layout; quantised, a `qwix.QArray`.
         bias: the layer's bias `[batch..., out]`, or None.
         factors: leaves `[batch..., ...]`.
         active: `[batch...]` booleans, which of the batch (layers) are adapted; None for all.
@@ -128,7 +108,7 @@ class LazyWeight:
         bias is `[batch..., out]`, or None where the adapter leaves it as it is."""
 
         def merge(kernel, bias, factors, active):
-            base = widened(Linear(kernel, bias))
+            base = widened(Linear(dequantized(kernel), bias))
             merged = self.adapter.merge(factors, base)
             if merged.bias is base.bias or merged.bias is None:
                 merged, base = merged._replace(bias=None), base._replace(bias=None)
@@ -138,8 +118,27 @@ class LazyWeight:
 
         for _ in views.of_role(self.axes, "b"):
             merge = jax.vmap(merge)
-        merged = merge(views.canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
+        merged = merge(canonical(self.kernel, self.axes), self.bias, self.factors, self.active)
         return merged._replace(kernel=views.restore(merged.kernel, self.axes, self.shape))
+
+
+# The adapter of a kernel that is not adapted, but lazy because it is quantised.
+PLAIN = Adapter(
+    init=lambda key, linear: (),
+    merge=lambda factors, linear: linear,
+    dot=lambda factors, linear, x: x @ linear.kernel.astype(x.dtype),
+    config={"method": "none"},
+)
+
+
+def unadapted(weight: QuantizedWeight) -> LazyWeight:
+    """A quantised kernel as a lazy weight, so that it is dequantised inside the layer that uses it."""
+    return LazyWeight(weight.array, None, (), None, adapter=PLAIN, axes=weight.axes, path="")
+
+
+def canonical(kernel: Any, axes: Axes) -> Any:
+    """`views.canonical` of an array, or of each part of a quantised one."""
+    return jax.tree.map(lambda part: views.canonical(part, axes), kernel)
 
 
 def matmul(
@@ -174,19 +173,19 @@ def matmul(
         return jnp.transpose(leaf, [*permutation, *range(len(own), leaf.ndim)])
 
     one = w.map_batch(reorder)
-    one["kernel"] = reorder(views.canonical(w.kernel, w.axes))
+    one["kernel"] = jax.tree.map(reorder, canonical(w.kernel, w.axes))
 
     def dot(one: dict[str, Any], x: jax.Array) -> jax.Array:
         if role == "o":
             return _transposed_dot(w, one, x)
-        if one["active"] is None:
-            return w.adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x)
-        return _where_active(w.adapter, one, x)
+        if one["active"] is not None:
+            return _where_active(w.adapter, one, x)
+        if is_qarray(one["kernel"]):
+            return _dequantized_dot(w, one, x)
+        return _dot(w.adapter, one, x)
 
-    if w.placement is not None and rows and rows[0] % (shards := w.placement.shards) == 0 and shards > 1:
-        n_in, n_out = (math.prod(views.sizes(w.shape, w.axes, views.of_role(w.axes, r))) for r in "io")
-        if role == "o" or (w.adapter.merges is not None and w.adapter.merges(n_in, n_out)):
-            dot = _by_shard(dot, w.placement, role)
+    if w.placement is not None and w.placement.splits(rows) and (role == "o" or _merges(w)):
+        dot = by_shard(dot, w.placement, role)
 
     for _ in loose:
         dot = jax.vmap(dot, in_axes=(0, None))
@@ -204,6 +203,23 @@ def matmul(
     return jnp.transpose(y, [labels.index(label) for label in (*batched, *xs, *kept)])
 
 
+def _dot(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
+    return adapter.dot(one["factors"], Linear(dequantized(one["kernel"]), one["bias"]), x)
+
+
+def _merges(w: LazyWeight) -> bool:
+    n_in, n_out = (math.prod(views.sizes(w.shape, w.axes, views.of_role(w.axes, role))) for role in "io")
+    return w.adapter.merges is not None and w.adapter.merges(n_in, n_out)
+
+
+def _dequantized_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Array:
+    @jax.checkpoint  # nothing dequantised is kept, and on a mesh it is codes and scales that are gathered
+    def dot(one, x):
+        return _dot(w.adapter, {**one, "kernel": gathered(one["kernel"], w.placement)}, x)
+
+    return dot(one, x)
+
+
 def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
     """The adapter's `dot` in active layers, the base matmul in the others."""
 
@@ -211,67 +227,11 @@ def _where_active(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Ar
     def dot(one, x):
         return lax.cond(
             one["active"],
-            lambda: adapter.dot(one["factors"], Linear(one["kernel"], one["bias"]), x),
-            lambda: x @ one["kernel"].astype(x.dtype),
+            lambda: _dot(adapter, one, x),
+            lambda: x @ dequantized(one["kernel"]).astype(x.dtype),
         )
 
     return dot(one, x)
-
-
-def _by_shard(dot: Callable[..., jax.Array], placement: Placement, role: str) -> Callable[..., jax.Array]:
-    """A `dot` that merges, computed by each shard of the batch for itself.
-
-    Left alone, the compiler sums the `[in, out]` gradient of the merged kernel over the shards and contracts it to
-    the factors afterwards: as much communication as full fine-tuning has. Here each shard has a copy of the factors,
-    so that the gradient of each copy is contracted where it arises, and only these are summed. The checkpoint covers
-    the gather of the kernel, which the backward pass repeats.
-    """
-    mesh, split = placement.mesh, batch_axes(placement.mesh)
-    i, o = (_without(axes, split) for axes in (placement.i, placement.o))
-    taken, given = (i, o) if role == "i" else (o, i)
-
-    def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    def copied(factor: jax.Array, dtype: Any) -> jax.Array:
-        copies: Any = _copies(factor, placement.shards, dtype)
-        return constrain(copies, split, *[PartitionSpec.UNCONSTRAINED] * factor.ndim)
-
-    @jax.checkpoint
-    def by_shard(one: dict[str, Any], x: jax.Array) -> jax.Array:
-        one = {**one, "kernel": constrain(one["kernel"], i, o)}
-        factors = jax.tree.map(lambda factor: copied(factor, x.dtype), one["factors"])
-        x = constrain(x.reshape(placement.shards, -1, x.shape[-1]), split, None, taken)
-        y = jax.vmap(lambda factors, x: dot({**one, "factors": factors}, x))(factors, x)
-        y = constrain(y, split, None, given)
-        return y.reshape(-1, y.shape[-1])
-
-    return by_shard
-
-
-def _without(axes: Any, gone: Sequence[str]) -> Any:
-    """One entry of a `PartitionSpec`, less some mesh axes."""
-    kept = tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis not in (None, *gone))
-    return kept or None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _copies(factor: jax.Array, count: int, dtype: Any) -> jax.Array:
-    """`count` copies, whose gradients are summed in `dtype`: they cross the mesh as LoRA's do, in the activations'."""
-    return jnp.broadcast_to(factor[None], (count, *factor.shape))
-
-
-def _copies_forward(factor: jax.Array, count: int, dtype: Any) -> tuple[jax.Array, None]:
-    return _copies(factor, count, dtype), None
-
-
-def _copies_backward(count: int, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    narrow = gradient.astype(dtype)
-    summed = lax.reduce(narrow, jnp.zeros((), narrow.dtype), lax.add, (0,))
-    return (summed.astype(gradient.dtype),)
-
-
-_copies.defvjp(_copies_forward, _copies_backward)
 
 
 def _transposed_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -290,11 +250,14 @@ def cast(w: LazyWeight, dtype) -> LazyWeight | None:
 
 def transpose(w: LazyWeight, order: Sequence[int]) -> LazyWeight:
     """`jnp.transpose`."""
-    return w.replace(kernel=jnp.transpose(w.kernel, order), axes=tuple(w.axes[at] for at in order))
+    kernel = jax.tree.map(lambda part: jnp.transpose(part, order), w.kernel)
+    return w.replace(kernel=kernel, axes=tuple(w.axes[at] for at in order))
 
 
 def reshape(w: LazyWeight, shape: Sequence[int]) -> LazyWeight | None:
     """`reshape` that splits or joins axes within a role, of a kernel whose roles lie one after the other."""
+    if is_qarray(w.kernel):
+        return None  # blocks would have to be split or joined too
     batch = len(views.of_role(w.axes, "b"))
     first = w.axes[batch][0] if batch < w.ndim else "b"
     second = {"i": "o", "o": "i"}.get(first, "b")
@@ -317,7 +280,8 @@ def cut(w: LazyWeight, dims: Sequence[int], function: Callable[[jax.Array, int, 
     for dim in dims:
         axis = own.index(w.axes[dim])
         fields = w.map_batch(lambda leaf, axis=axis, dim=dim: function(leaf, axis, dim))
-        w = w.replace(kernel=function(w.kernel, dim, dim), **fields)
+        kernel = jax.tree.map(lambda part, dim=dim: function(part, dim, dim), w.kernel)
+        w = w.replace(kernel=kernel, **fields)
     return w
 
 
@@ -328,7 +292,8 @@ def squeeze(w: LazyWeight, dims: Sequence[int]) -> LazyWeight | None:
     gone = [views.of_role(w.axes, "b").index(w.axes[dim]) for dim in dims]
     fields = w.map_batch(lambda leaf: jnp.squeeze(leaf, gone))
     axes = tuple(label for at, label in enumerate(w.axes) if at not in dims)
-    return w.replace(kernel=jnp.squeeze(w.kernel, dims), axes=axes, **fields)
+    kernel = jax.tree.map(lambda part: jnp.squeeze(part, dims), w.kernel)
+    return w.replace(kernel=kernel, axes=axes, **fields)
 
 
 def batch_first(w: LazyWeight) -> LazyWeight | None:
@@ -341,6 +306,6 @@ def batch_first(w: LazyWeight) -> LazyWeight | None:
 
 def rows(w: LazyWeight, select: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
     """`select(merged table)` for a selection of rows, merging only them."""
-    if w.axes != ("i0", "o0") or w.adapter.rows is None or w.active is not None:
+    if w.axes != ("i0", "o0") or w.adapter.rows is None or w.active is not None or is_qarray(w.kernel):
         return None
     return w.replace(kernel=select(w.kernel), factors=w.adapter.rows(w.factors, select)).materialise()

@@ -29,11 +29,14 @@ class ModelConfig:
         dtype: type of the base weights and of the activations; null keeps the checkpoint's.
         remat: what the backward pass recomputes: none; full: each layer, for least memory and about a third more time;
             dots: all but the matrix products.
+        quantize: hold the projections in 8 or 4 bits (needs qwix: pip install 'hadamax[quant]'); adapters train on what
+            is left of them, and an export writes that.
     """
 
     base: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "full", "dots"] = "none"
+    quantize: Literal["int8", "nf4"] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hadamax.files import check_new
 from hadamax.hf import families
 from train import cli
 from train.config import ExportConfig, parse
-from train.merging import bound, merge_loss
+from train.merging import bound, merge_loss, requantizing_loss
 from train.run import Run, load_run
 
 CONVERSIONS = {"loha": hx.convert.to_loha, "hira": hx.convert.to_hira, "boha": hx.convert.to_boha}
@@ -126,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.adapter is None:
         losses, total = export_merged(config, run)
         report("share of the update lost by rounding", "merge loss", {**losses, "all": total})
+        if quantize := run.config.model.quantize:
+            print(
+                f"note: the base was quantised to {quantize}: what is written is its dequantised weights, not the"
+                f" original ones, with the update added; quantising them again would lose {requantizing_loss(run):.0%}"
+                " of the update"
+            )
         if total > 0.05 and config.dtype != "float32":
             print(f"{total:.0%} of the update is lost in this dtype; --dtype float32 keeps it")
     elif errors := export_adapter(config, run):

@@ -203,7 +203,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-    total = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    total = sum(leaf.size for leaf in paths.leaves(base.params).values())
     methods = sorted({adapter["method"] for adapter in adapters.values()}) or ["none"]
     summary = {
         "method": "+".join(methods),

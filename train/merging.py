@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 import hadamax as hx
-from hadamax import paths
-from hadamax.hf.parameters import of_array, parameters
-from hadamax.weight import LazyWeight
+from hadamax import paths, quant
+from hadamax.hf.parameters import parameters
+from hadamax.quantized import dequantized, is_quantized
+from hadamax.weight import LazyWeight, unadapted
 from train.run import Run
 
 
@@ -28,9 +29,12 @@ def bound(run: Run, dtype: Any = None) -> Any:
 
     def in_its_dtype(keys: Any, leaf: Any) -> Any:
         kind = kinds[paths.path_of(keys)]
+        leaf = unadapted(leaf) if is_quantized(leaf) else leaf
         return leaf.replace(dtype=kind) if isinstance(leaf, LazyWeight) else leaf.astype(kind)
 
-    return jax.tree_util.tree_map_with_path(in_its_dtype, params, is_leaf=lambda leaf: isinstance(leaf, LazyWeight))
+    return jax.tree_util.tree_map_with_path(
+        in_its_dtype, params, is_leaf=lambda leaf: is_quantized(leaf) or isinstance(leaf, LazyWeight)
+    )
 
 
 def merge(run: Run, dtype: Any = None) -> Any:
@@ -42,6 +46,8 @@ def merge(run: Run, dtype: Any = None) -> Any:
 def merge_loss(run: Run, dtype: Any = None) -> tuple[dict[str, float], float]:
     """What rounding to the written dtype loses of the updates, one matrix at a time.
 
+    W0 of a quantised base is what it is dequantised to.
+
     Args:
         dtype: of the result; None keeps each base leaf's.
 
@@ -52,12 +58,12 @@ def merge_loss(run: Run, dtype: Any = None) -> tuple[dict[str, float], float]:
     Raises:
         MergeError: factors that are not finite, a method that does not fold.
     """
-    base = paths.leaves(run.base.params)
+    base = parameters(run.base.params)
     merged = parameters(bound(run, jnp.float32))
     changed = {*run.trainable["adapters"], *paths.leaves(run.trainable["base"])}
     squares = {}
     for path in (path for path in base if path in changed):
-        w0, w = of_array(base[path]), merged[path]
+        w0, w = base[path], merged[path]
         sums = [
             # the rounded matrix is computed by itself: within one program XLA would leave the rounding out
             _squares(
@@ -68,6 +74,21 @@ def merge_loss(run: Run, dtype: Any = None) -> tuple[dict[str, float], float]:
         squares[path] = [float(sum(column)) for column in zip(*sums, strict=True)]
     each = {path: _ratio(*pair) for path, pair in squares.items()}
     return each, _ratio(*(sum(column) for column in zip(*squares.values(), strict=True)))
+
+
+def requantizing_loss(run: Run) -> float:
+    """What quantising the merged kernels as the base is would lose of their updates: `||Q(W) - W|| / ||W - W0||`."""
+    kinds, base = quant.kinds(run.base.params), parameters(run.base.params)
+    leaves, merged = paths.leaves(run.base.params), parameters(bound(run, jnp.float32))
+    lost = update = 0.0
+    for path in (path for path in run.trainable["adapters"] if path in kinds):
+        axes, w0, w = leaves[path].axes, base[path], merged[path]
+        for i in range(w0.shape[0]) if axes[0] == "b0" else [None]:
+            matrix = w.matrix(i, False, jnp.float32)
+            again = quant.one(matrix, axes if i is None else axes[1:], kinds[path])
+            sums = _squares(w0.matrix(i, False, jnp.float32), matrix, dequantized(again))
+            lost, update = lost + float(sums[0]), update + float(sums[1])
+    return _ratio(lost, update)
 
 
 @jax.jit

@@ -44,7 +44,9 @@ def load_base(config: ModelConfig) -> Base:
     """
     from transformers import AutoTokenizer  # slow to import
 
-    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype, task="causal_lm")
+    model, params, decoder = hf.load_pretrained(
+        config.base, dtype=config.dtype, task="causal_lm", quantize=config.quantize
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -100,7 +102,8 @@ def _rule(pattern: str, rule: dict[str, Any]) -> Any:
 def apply_of(model: Decoder, injection: hx.Injection | None) -> Callable[..., Any]:
     """`(params, adapters, ...) -> model.apply(adapted params, ...)`."""
     if injection is None:
-        return lambda params, adapters, *args, **kwargs: model.apply(params, *args, **kwargs)
+        apply = hx.lazily(model.apply)
+        return lambda params, adapters, *args, **kwargs: apply(params, *args, **kwargs)
     return injection.apply(model.apply)
 
 
@@ -142,7 +145,8 @@ def load_run(
     def read(step: int) -> tuple[dict[str, Any], Run]:
         meta = checkpoints.json(step, "meta")
         config = from_dict(meta["config"])
-        loaded = load(ModelConfig(base or config.model.base, dtype or config.model.dtype))
+        model = config.model
+        loaded = load(ModelConfig(base or model.base, dtype or model.dtype, quantize=model.quantize))
         injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
         key = jax.random.key(0)
         like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)

@@ -15,12 +15,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hadamax import quant
 from hadamax.errors import CheckpointError, ConfigError, nearest
 from hadamax.files import read_json
 from hadamax.hf import families, hub
 from hadamax.hf.names import Tensor, is_ignorable
+from hadamax.quantized import QuantizedWeight
 from hadamax.sharding import param_shardings
 from hadamax.tensor_files import DTYPES, Stored, inside, stored_tensors
+from hadamax.views import Axes
 
 _LOG = logging.getLogger("hadamax")
 _PART = 2**24  # bytes of a tensor that are read at a time; JAX keeps the last ones until its next call
@@ -38,6 +41,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     task: str | None = None,
     scan_layers: bool = True,
+    quantize: str | None = None,
 ) -> tuple[families.Model, dict[str, Any], families.Config]:
     """Loads a model from a directory, or by hub id where no such directory exists.
 
@@ -53,6 +57,8 @@ def load_pretrained(
             `architectures` in the file names. A head that the file lacks is initialised from a fixed key, and a warning
             of the logger `hadamax` says so; its classes are those of the config's `id2label`, or `num_labels`, or 2.
             Another warning names the tensors of heads that the task does not use.
+        quantize: "int8" or "nf4" quantises the projections as `hx.quantize` does, each tensor as soon as it is read:
+            beside the result, one matrix at a time is held unquantised. Call `hx.lazily(model.apply)` then.
 
     Returns:
         `(model, params, config)` with `model.apply(params, input_ids)` giving the task's output, logits for
@@ -60,7 +66,8 @@ def load_pretrained(
 
     Raises:
         CheckpointError: a file that is missing or damaged, a tensor that is missing, unexpected or of another shape.
-        ConfigError: an architecture, or a feature of one, that is not implemented; an unknown mesh axis.
+        ConfigError: an architecture, or a feature of one, that is not implemented; an unknown mesh axis; what
+            `hx.quantize` raises.
     """
     dtype = None if dtype is None else float_dtype(dtype)
     directory = hub.directory_of(source)
@@ -73,11 +80,21 @@ def load_pretrained(
         raise ConfigError(f"{directory / 'config.json'}: {error}") from None
     stored = stored_tensors(directory)
     _check_sizes(config, stored)
-    leaves, found = match(families.build(config, task=task, scan_layers=scan_layers), stored, directory)
+    model = families.build(config, task=task, scan_layers=scan_layers)
+    leaves, found = match(model, stored, directory)
     if task in ("causal_lm", "masked_lm"):  # no other reads the head
         _check_tied(config, stored, directory)
     shardings = dict.fromkeys(leaves) if mesh is None else param_shardings(leaves, mesh)
-    params = {path: _read_leaf(leaves[path].shape, tensors, dtype, shardings[path]) for path, tensors in found.items()}
+    few_bits = {} if quantize is None else quant.selected(leaves, quantize, view=model.view)
+
+    def read(path: str, tensors: Sequence[tuple[Tensor, Stored]]) -> Any:
+        shape, sharding = leaves[path].shape, shardings[path]
+        if quantize is None or path not in few_bits:
+            return _read_leaf(shape, tensors, dtype, sharding)
+        leaf = _read_quantized(shape, tensors, dtype, sharding, few_bits[path], quantize)
+        return leaf if mesh is None else jax.device_put(leaf, param_shardings({path: leaf}, mesh)[path])
+
+    params = {path: read(path, tensors) for path, tensors in found.items()}
     dtype = main_dtype(params) if dtype is None else dtype
     model = families.build(config, task=task, dtype=dtype, scan_layers=scan_layers, mesh=mesh)
     if fresh := [path for path in leaves if path not in params]:
@@ -243,6 +260,28 @@ def _read_leaf(
                 leaf, _put(stored, part, slice(row, row + rows)), tensor.layer, row, transposed=tensor.transposed
             ).block_until_ready()
     return leaf
+
+
+def _read_quantized(
+    shape: tuple[int, ...],
+    tensors: Sequence[tuple[Tensor, Stored]],
+    dtype: np.dtype | None,
+    sharding: NamedSharding | None,
+    axes: Axes,
+    kind: str,
+) -> QuantizedWeight:
+    """One parameter, each of its tensors quantised before the next is read."""
+    if dtype is None:
+        dtype = jnp.result_type(*(DTYPES[stored.dtype] for _, stored in tensors))
+    if axes[0][0] != "b":
+        return quant.one(_read_leaf(shape, tensors, dtype, sharding), axes, kind)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    layers = []
+    for tensor, stored in sorted(tensors, key=lambda pair: pair[0].layer or 0):
+        matrix = _read_leaf(shape[1:], [(tensor._replace(layer=None), stored)], dtype, sharding)
+        layers.append(jax.block_until_ready(quant.one(matrix, axes[1:], kind).array))
+    return QuantizedWeight(jax.tree.map(lambda *parts: jnp.stack(parts), *layers), axes)
 
 
 def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(None)) -> jax.Array:

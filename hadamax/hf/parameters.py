@@ -13,6 +13,7 @@ from hadamax import weight
 from hadamax.adapter import Linear
 from hadamax.errors import HadamaxError, MergeError
 from hadamax.hf.load import flat
+from hadamax.quantized import is_quantized
 from hadamax.weight import LazyWeight
 
 PART = 2**24  # bytes that are written at a time
@@ -56,7 +57,10 @@ def parameters(params: Mapping[str, Any]) -> dict[str, Parameter]:
     """
     found: dict[str, Parameter] = {}
     biases: dict[str, Parameter] = {}
-    leaves = flat(params.get("params", params))
+    leaves = {
+        path: weight.unadapted(leaf) if is_quantized(leaf) else leaf
+        for path, leaf in flat(params.get("params", params)).items()
+    }
     for path, leaf in leaves.items():
         if not isinstance(leaf, LazyWeight):
             found[path] = of_array(leaf)
