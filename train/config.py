@@ -146,6 +146,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """The devices, and what is split over them.
+
+    Attributes:
+        data: groups of devices that hold whole copies of what fsdp and tensor split; they share out a batch's rows.
+        fsdp: devices that split the parameters and the rows. One of the three may be -1: for the rest of the devices.
+        tensor: devices that split the widths of layers and compute the same rows; keep them in one machine.
+        devices: use only the first so many devices; null takes all, those of other processes too.
+        distributed: auto joins other processes where the environment tells of any (train/LAUNCHING.md); never does not.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    devices: int | None = None
+    distributed: Literal["auto", "never"] = "auto"
+
+
+@dataclass(frozen=True)
 class Config:
     """A fine-tuning run.
 
@@ -155,6 +174,7 @@ class Config:
         adapter: what is trained.
         optim: optimiser and schedule.
         run: length, logging and checkpoints.
+        mesh: the devices, and what is split over them.
     """
 
     model: ModelConfig
@@ -162,6 +182,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep"):
@@ -213,6 +234,7 @@ class EvaluateConfig:
         limit: use only the first records.
         merge: merge the adapters first, rather than applying them inside each layer.
         out: JSONL file for the answers; null writes none.
+        mesh: the devices, and what is split over them.
     """
 
     data: str
@@ -228,6 +250,7 @@ class EvaluateConfig:
     limit: int | None = None
     merge: bool = False
     out: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -252,6 +275,7 @@ class ExportConfig:
         dtype: type of the merged model's weights; null keeps the base's.
         verify: read the directory back and print the largest difference of logits from the run's.
         base: where the run's base is now, if it has moved; only its shapes are checked.
+        mesh: the devices, and what is split over them.
     """
 
     run: str
@@ -264,6 +288,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     verify: bool = False
     base: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.merged and self.adapter is not None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import hadamax as hx
 from hadamax import hf
@@ -16,12 +17,13 @@ from train.config import AdapterConfig, Config, ModelConfig, from_dict
 
 
 class Base(NamedTuple):
-    """A model with its frozen parameters and its tokenizer."""
+    """A model with its frozen parameters, placed on a mesh, and its tokenizer."""
 
     model: Decoder
     params: Any
     config: DecoderConfig
     tokenizer: Any
+    mesh: Mesh
 
 
 class Run(NamedTuple):
@@ -34,15 +36,19 @@ class Run(NamedTuple):
     step: int
 
 
-def load_base(config: ModelConfig) -> Base:
+def load_base(config: ModelConfig, mesh: Mesh | None = None) -> Base:
     """The model, its parameters and its tokenizer.
+
+    Args:
+        mesh: for the parameters, of which each process reads what its devices hold; the first device where None.
 
     Raises:
         CheckpointError: a directory that is not there or damaged, or that has no tokenizer with an end token.
     """
     from transformers import AutoTokenizer  # slow to import
 
-    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype, task="causal_lm")
+    mesh = hx.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    model, params, decoder = hf.load_pretrained(config.base, dtype=config.dtype, mesh=mesh, task="causal_lm")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -52,7 +58,7 @@ def load_base(config: ModelConfig) -> Base:
         raise hx.CheckpointError(f"the tokenizer of {config.base} has no eos_token; the model could not learn to stop")
     if len(tokenizer) > decoder.vocab_size:
         raise hx.CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, the model only {decoder.vocab_size}")
-    return Base(model.clone(remat=config.remat), params, decoder, tokenizer)
+    return Base(model.clone(remat=config.remat), params, decoder, tokenizer, mesh)
 
 
 def injection_of(config: AdapterConfig, view: str | None) -> hx.Injection | None:
@@ -95,11 +101,11 @@ def _rule(pattern: str, rule: dict[str, Any]) -> Any:
         raise hx.ConfigError(f"adapter.rules, pattern {pattern!r}: {error}") from None
 
 
-def apply_of(model: Decoder, injection: hx.Injection | None) -> Callable[..., Any]:
-    """`(params, adapters, ...) -> model.apply(adapted params, ...)`."""
+def apply_of(base: Base, injection: hx.Injection | None) -> Callable[..., Any]:
+    """`(params, adapters, ...) -> model.apply(adapted params, ...)`, for parameters placed as the base's are."""
     if injection is None:
-        return lambda params, adapters, *args, **kwargs: model.apply(params, *args, **kwargs)
-    return injection.apply(model.apply)
+        return lambda params, adapters, *args, **kwargs: base.model.apply(params, *args, **kwargs)
+    return injection.apply(base.model.apply, hx.param_shardings(base.params, base.mesh))
 
 
 def initial_trainable(
@@ -117,13 +123,21 @@ def initial_trainable(
     }
 
 
-def load_run(directory: str | Path, base: str | None = None, dtype: Any = None) -> Run:
+def trainable_shardings(base: Base, injection: hx.Injection | None, train_base: list[str]) -> dict[str, Any]:
+    """Where `initial_trainable`'s leaves lie: factors as the kernels they belong to, base leaves where they were."""
+    placed = hx.param_shardings(base.params, base.mesh)
+    adapters = {} if injection is None else injection.shardings(base.params, placed)
+    return {"adapters": adapters, "base": hx.split(placed, train_base)[0]}
+
+
+def load_run(directory: str | Path, base: str | None = None, dtype: Any = None, mesh: Mesh | None = None) -> Run:
     """The newest checkpoint of a run, on its base.
 
     Args:
         directory: `run.out` of the run.
         base: where the base model is now, if it has moved.
         dtype: of the base, in place of the run's.
+        mesh: as for `load_base`; any, whatever the run had.
 
     Raises:
         CheckpointError: no run, a damaged checkpoint, a base that it does not fit.
@@ -136,8 +150,10 @@ def load_run(directory: str | Path, base: str | None = None, dtype: Any = None) 
             raise hx.CheckpointError(f"{directory} holds no checkpoint yet")
         meta = checkpoints.json(step, "meta")
         config = from_dict(meta["config"])
-        loaded = load_base(ModelConfig(base or config.model.base, dtype or config.model.dtype))
+        loaded = load_base(ModelConfig(base or config.model.base, dtype or config.model.dtype), mesh)
         injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
-        key = jax.random.key(0)
-        like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)
+        key, train_base = jax.random.key(0), config.adapter.train_base
+        like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, train_base), loaded.params)
+        at = trainable_shardings(loaded, injection, train_base)
+        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, at)
         return Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
