@@ -78,8 +78,9 @@ def launch(command: Sequence[str], processes: int, devices: int) -> int:
 
 def _copy(number: int, source: IO[str] | None, target: IO[str]) -> None:
     for line in source or ():
-        target.write(f"[{number}] {line}")
-        target.flush()
+        if "connected peer ranks" not in line:  # Gloo counts them for each group of devices
+            target.write(f"[{number}] {line}")
+            target.flush()
 
 
 def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
