@@ -9,6 +9,7 @@ A run is evaluated with the prompt template it was trained with.
 import functools
 import json
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.evaluate --help`."""
     config = parse(EvaluateConfig, argv, "train.evaluate")
     processes.join(config.mesh)
+    if jax.distributed.is_initialized():  # JAX has taken SIGTERM, for programs that have something to save
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     show(evaluate(config), f"{config.run or config.model} on {config.data}")
 
 

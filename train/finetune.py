@@ -196,7 +196,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         total, tokens = np.sum(jax.device_get(sums), axis=0)
         return float(total / tokens)
 
-    out.mkdir(parents=True, exist_ok=True)
+    processes.make_shared(out)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, processes.signals() as received:
         start = checkpoints.latest() or 0

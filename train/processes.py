@@ -5,9 +5,11 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -77,6 +79,27 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def make_shared(folder: Path) -> None:
+    """Makes a directory, in the first process; refuses, in all alike, one that not every process sees then.
+
+    Raises:
+        ConfigError: not on a shared file system.
+        OSError: it cannot be made.
+    """
+    failure = None
+    try:
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        failure = error
+    wait_for_all("the directory is made")
+    seen = multihost_utils.process_allgather(np.array(folder.is_dir()))
+    if failure is not None:
+        raise failure
+    if not seen.all():
+        raise hx.ConfigError(f"not every process sees {folder}; give a directory on a file system that all share")
 
 
 @contextmanager

@@ -57,6 +57,10 @@ def main(run: str, records: str, out: str) -> None:
             for merge in (False, True)
         ],
     }
+    try:  # as where each machine has a disk of its own
+        processes.make_shared(Path(out) / f"disk {jax.process_index()}")
+    except hx.ConfigError as error:
+        found["refused"] = str(error)
     Path(out, f"{jax.process_index()}.json").write_text(json.dumps(found))
 
 
