@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-GRACE = 5  # seconds that the other processes have to end by themselves after one has failed, and then after SIGTERM
+GRACE = 10  # seconds that the other processes have to end by themselves after one has failed
 
 
 def environment(number: int, processes: int, devices: int, port: int) -> dict[str, str]:
@@ -85,16 +85,16 @@ def _copy(number: int, source: IO[str] | None, target: IO[str]) -> None:
 
 def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
     first, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        for child in children:
-            if not first and child.returncode:
-                first, deadline = child.returncode, time.monotonic() + GRACE
+    while True:
+        codes = [child.poll() for child in children]
+        if not first and any(codes):
+            first, deadline = next(code for code in codes if code), time.monotonic() + GRACE
+        if None not in codes:
+            return 128 - first if first < 0 else first
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(0.05)
-    first = first or next((child.returncode for child in children if child.returncode), 0)
-    return 128 - first if first < 0 else first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
