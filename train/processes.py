@@ -22,10 +22,11 @@ SHUTDOWN = 60  # seconds that a process waits for the others at its end, also af
 def join(config: MeshConfig) -> None:
     """Joins the other processes, where the environment tells of any; call it before anything asks for a device.
 
-    From then on only the first process prints to stdout.
+    From then on only the first process prints to stdout. Where the coordinator is not reached within five minutes, JAX
+    ends the process with a message of its own.
 
     Raises:
-        ConfigError: they cannot be reached, or what the environment says is incomplete.
+        ConfigError: what the environment says is incomplete or wrong.
     """
     arguments = None if config.distributed == "never" else found(os.environ)
     if arguments is None or jax.distributed.is_initialized():
