@@ -61,9 +61,10 @@ def found(environ: Mapping[str, str]) -> dict[str, Any] | None:
             raise UsageError(f"{' and '.join(names.values())} must be numbers: {error}") from None
     tpu = "TPU_ML_PLATFORM" in environ and environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")  # set by `import jax`
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1))
     several = (
         int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1,
-        "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ["SLURM_NTASKS"])) > 1,
+        "SLURM_STEP_NODELIST" in environ and int(tasks) > 1,
         tpu and ("," in hosts or int(environ.get("MEGASCALE_NUM_SLICES", 1)) > 1),
         tpu and not hosts and "TPU_SKIP_MDS_QUERY" not in environ,  # a Cloud TPU machine: its metadata tells the rest
         "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ,
