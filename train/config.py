@@ -150,6 +150,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """The devices, and what is split over them.
+
+    Attributes:
+        data: groups of devices that hold whole copies of what fsdp and tensor split; they share out a batch's rows.
+        fsdp: devices that split the parameters and the rows. One of the three may be -1: for the rest of the devices.
+        tensor: devices that split the widths of layers and compute the same rows; keep them in one machine.
+        devices: use only the first so many devices; null takes all, those of other processes too.
+        distributed: auto joins other processes where the environment tells of any (train/LAUNCHING.md); never does not.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    devices: int | None = None
+    distributed: Literal["auto", "never"] = "auto"
+
+
+@dataclass(frozen=True)
 class Config:
     """A fine-tuning run.
 
@@ -159,6 +178,7 @@ class Config:
         adapter: what is trained.
         optim: optimiser and schedule.
         run: length, logging and checkpoints.
+        mesh: the devices, and what is split over them.
     """
 
     model: ModelConfig
@@ -166,6 +186,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep"):
@@ -218,6 +239,7 @@ class EvaluateConfig:
         limit: use only the first records.
         merge: merge the adapters first, rather than applying them inside each layer.
         out: JSONL file for the answers; null writes none.
+        mesh: the devices, and what is split over them.
     """
 
     data: str
@@ -234,6 +256,7 @@ class EvaluateConfig:
     limit: int | None = None
     merge: bool = False
     out: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -261,6 +284,7 @@ class ExportConfig:
         verify: read the directory back and print the largest difference of logits from the run's.
         step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
         base: where the run's base is now, if it has moved.
+        mesh: the devices, and what is split over them.
     """
 
     run: str
@@ -274,6 +298,7 @@ class ExportConfig:
     verify: bool = False
     step: Literal["last", "best"] | int = "last"
     base: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.merged and self.adapter is not None:

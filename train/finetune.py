@@ -9,12 +9,12 @@ summary.json and checkpoints, the last ones and the best; from the newest the sa
 """
 
 import dataclasses
+import functools
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hadamax as hx
 from hadamax import paths
 from hadamax.checkpoint import Checkpoints
-from train import cli, data, metrics, optim
+from train import cli, data, metrics, optim, processes
 from train.config import Config, parse
+from train.processes import Silent, check_rows, mesh_of
 from train.progress import Progress, show
 from train.resume import identity, resume
-from train.run import Base, apply_of, initial_trainable, injection_of, load_base
+from train.run import Base, apply_of, initial_trainable, injection_of, load_base, trainable_shardings
 
 
 class State(NamedTuple):
@@ -38,6 +40,14 @@ class State(NamedTuple):
 
     trainable: Any
     optimizer: Any
+
+
+class Shardings(NamedTuple):
+    """Where the arguments of a step lie."""
+
+    state: State
+    frozen: Any
+    batch: NamedSharding
 
 
 class Result(NamedTuple):
@@ -54,25 +64,49 @@ class NotFiniteError(hx.HadamaxError):
     """The loss, the gradient or a parameter is NaN or infinite."""
 
 
+def placement(optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, mesh: Mesh) -> Shardings:
+    """The optimiser's state lies where the leaves lie that it is for; its counters are whole on every device."""
+    leaves, base = jax.tree.map(lambda leaf: leaf.sharding, (trainable, frozen))
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        leaves,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
+    return Shardings(State(leaves, moments), base, hx.batch_sharding(mesh))
+
+
 def make_steps(
-    apply: Callable[..., Any], optimizer: optax.GradientTransformation, grad_accum: int
+    apply: Callable[..., Any], optimizer: optax.GradientTransformation, grad_accum: int, shardings: Shardings
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled training and evaluation steps.
 
     Gradients are taken with respect to the trainable tree alone. The frozen base is an argument: as a constant it would
     be copied into the program.
 
+    Args:
+        grad_accum: micro-batches; each has rows of every device.
+        shardings: of the arguments; a new state lies where the old one lay.
+
     Returns:
         `train(state, frozen, batch) -> (state, {loss, grad_norm, param_norm})` (the state is donated) and
         `evaluate(trainable, frozen, batch) -> [2]`, the sum of the losses and of the weights.
     """
+
+    state_at, frozen_at, rows = shardings
+    whole = NamedSharding(rows.mesh, PartitionSpec())
 
     def loss(trainable, frozen, batch):
         params = hx.join(trainable["base"], frozen)
         return apply(params, trainable["adapters"], **batch, method="loss")
 
     def train(state, frozen, batch):
-        micro_batches = jax.tree.map(lambda x: x.reshape(grad_accum, -1, *x.shape[1:]), batch)
+        def strided(x):  # rows i, i + grad_accum, ...: consecutive rows would be those of a few devices
+            x = x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, PartitionSpec(None, *rows.spec)))
+
+        micro_batches = jax.tree.map(strided, batch)
 
         def accumulate(total, micro):
             (nll, _), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable, frozen, micro)
@@ -88,7 +122,13 @@ def make_steps(
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
         return State(trainable, optimizer_state), {"loss": nll, **norms}
 
-    return jax.jit(train, donate_argnums=0), jax.jit(lambda *args: jnp.stack(loss(*args)))
+    def evaluate(trainable, frozen, batch):
+        return jnp.stack(loss(trainable, frozen, batch))
+
+    return (
+        jax.jit(train, donate_argnums=0, in_shardings=(state_at, frozen_at, rows), out_shardings=(state_at, whole)),
+        jax.jit(evaluate, in_shardings=(state_at.trainable, frozen_at, rows), out_shardings=whole),
+    )
 
 
 def finetune(config: Config, base: Base | None = None) -> Result:
@@ -96,7 +136,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     Args:
         config: the settings.
-        base: the model where it is loaded already; `config.model` then only names it.
+        base: the model where it is loaded already, on its mesh; `config.model` then only names it.
 
     Raises:
         HadamaxError: settings, data or a checkpoint that cannot be used; `NotFiniteError` when training diverges.
@@ -110,15 +150,20 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     if out.exists() and not out.is_dir():
         raise hx.ConfigError(f"run.out: {out} is a file; give a directory")
     injection_of(config.adapter, None)  # before the model is loaded: an unknown method or option
+    mesh = mesh_of(config.mesh) if base is None else base.mesh
+    check_rows(mesh, "run.batch_size / run.grad_accum", run.batch_size // run.grad_accum)
     train_records, eval_records = data.load(config.data, run.seed)  # first: cheap, and often wrong
-    base = load_base(config.model) if base is None else base
+    base = load_base(config.model, mesh) if base is None else base
+    if mesh.size > 1:
+        sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        print(f"mesh: {sizes}; {mesh.size} devices of {jax.process_count()} processes")
 
     # Data: rows of one shape, so that each step compiles once.
     encoded = data.encode(train_records, base.tokenizer, config.data)
     train_rows = data.rows(encoded.examples, config.data)
     held_out = data.encode(eval_records, base.tokenizer, config.data) if eval_records else None
     eval_rows = data.rows(held_out.examples, config.data) if held_out else None
-    batches = data.train_batches(train_rows, run.batch_size, run.seed)
+    batches = data.train_batches(train_rows, run.batch_size, run.seed, hx.batch_sharding(mesh))
     steps = run.steps or max(1, math.ceil(run.epochs * len(train_rows) / run.batch_size))
     tokens_per_step = run.batch_size * sum(len(e.ids) - 1 for e in encoded.examples) / len(train_rows)
     for name, part in (("training", encoded), ("held-out", held_out)):
@@ -129,8 +174,11 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     # What trains.
     injection = injection_of(config.adapter, base.model.view)
-    trainable = initial_trainable(jax.random.key(run.seed), base.params, injection, config.adapter.train_base)
-    _, frozen = hx.split(base.params, config.adapter.train_base)
+    train_base = config.adapter.train_base
+    init = functools.partial(initial_trainable, injection=injection, train_base=train_base)
+    init = jax.jit(init, out_shardings=trainable_shardings(base, injection, train_base))
+    trainable = init(jax.random.key(run.seed), base.params)
+    _, frozen = hx.split(base.params, train_base)
     adapters = {path: t.adapter.config for path, t in injection.targets(base.params).items()} if injection else {}
     if injection is not None:
         print(injection.summary(base.params))
@@ -138,28 +186,29 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         count = sum(leaf.size for leaf in trained.values())
         print(f"base parameters that train: {', '.join(trained)} ({count:,})")
     optimizer = optim.build(config.optim, optim.learning_rates(trainable, adapters, config.optim), steps)
-    train_step, eval_step = make_steps(apply_of(base.model, injection), optimizer, run.grad_accum)
-    state = State(trainable, optimizer.init(trainable))
+    shardings = placement(optimizer, trainable, frozen, mesh)
+    train_step, eval_step = make_steps(apply_of(base, injection), optimizer, run.grad_accum, shardings)
+    state = State(trainable, jax.jit(optimizer.init, out_shardings=shardings.state.optimizer)(trainable))
 
     def evaluate() -> float:
         """Mean loss over the held-out tokens."""
-        sums = jnp.zeros(2)
-        for batch in data.eval_batches(eval_rows, run.batch_size, run.eval_rows) if eval_rows else ():
-            sums += eval_step(state.trainable, frozen, batch)
-        total, tokens = map(float, sums)
-        return total / tokens
+        rows = data.eval_batches(eval_rows, run.batch_size, shardings.batch, run.eval_rows) if eval_rows else ()
+        sums = [eval_step(state.trainable, frozen, batch) for batch in rows]
+        total, tokens = np.sum(jax.device_get(sums), axis=0)
+        return float(total / tokens)
 
-    out.mkdir(parents=True, exist_ok=True)
+    processes.make_shared(out)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
     meta["base"] = identity(frozen)
-    with Checkpoints(out / "checkpoints", run.keep) as checkpoints, signals() as received:
+    with Checkpoints(out / "checkpoints", run.keep) as checkpoints, processes.signals() as received:
         start, state = resume(checkpoints, state, batches, meta, run.resume)
         if start:
             print(f"continuing from step {start} of {steps} in {out}" if start < steps else f"{out} is finished")
-        if start < steps:  # a finished run stays as it is
+        if start < steps and processes.is_first():  # a finished run stays as it is
             metrics.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         saved, pending, seconds, trained = start, [], 0.0, 0
-        with metrics.Metrics(out, start) as log, Progress(start, steps) as progress:
+        recorders = (metrics.Metrics(out, start), Progress(start, steps)) if processes.is_first() else [Silent()] * 2
+        with recorders[0] as log, recorders[1] as progress:
             if eval_rows is not None and not start:
                 log.log(0, eval_loss=(eval_loss := evaluate()))
                 progress.update(0, eval_loss=eval_loss)
@@ -167,7 +216,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
             for step in range(start + 1, steps + 1):
                 state, values = train_step(state, frozen, next(batches))
                 pending.append(values)
-                stop = bool(received)
+                stop = processes.stopping(received, step)
                 eval_now = eval_rows is not None and not stop and due(step, run.eval_every, steps)
                 save_now = stop or due(step, run.save_every, steps)
                 if not (step == start + 1 or due(step, run.log_every, steps) or eval_now or save_now):
@@ -194,8 +243,10 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                     break
                 clock = time.perf_counter()
         checkpoints.wait()
+        processes.wait_for_all("checkpoints and metrics are written")
     lines = metrics.read(out / "metrics.jsonl")
-    metrics.plot(lines, out / "loss.png", f"{config.adapter.method or 'base parameters'}, {out.name}")
+    if processes.is_first():
+        metrics.plot(lines, out / "loss.png", f"{config.adapter.method or 'base parameters'}, {out.name}")
     if received and saved < steps:
         name = signal.Signals(received[0]).name
         message = f"stopped by {name} after step {saved}; the checkpoint is in {out}, the same command continues"
@@ -224,7 +275,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     }
     if start >= steps and (out / "summary.json").is_file():  # nothing ran: the figures are those of the run that did
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    metrics.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if processes.is_first():
+        metrics.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     params = hx.join(state.trainable["base"], frozen)
     return Result(summary, base, params, injection, state.trainable["adapters"])
 
@@ -249,31 +301,11 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or bool(every and step % every == 0)
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM in place of its effect; the second one has it."""
-    received: list[int] = []
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore(*_: Any) -> None:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def receive(number: int, _: Any) -> None:
-        received.append(number)
-        restore()
-
-    try:
-        for number in old:
-            signal.signal(number, receive)
-        yield received
-    finally:
-        restore()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.finetune --help`."""
-    show(finetune(parse(Config, argv, "train.finetune")).summary, "fine-tuning finished")
+    config = parse(Config, argv, "train.finetune")
+    processes.join(config.mesh)
+    show(finetune(config).summary, "fine-tuning finished")
 
 
 if __name__ == "__main__":

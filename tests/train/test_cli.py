@@ -27,6 +27,7 @@ def run(base_dir, records_file, tmp_path, capsys):
         small = ["--model.base", str(base_dir), "--data.train", str(records_file), "--data.max_length", "24"]
         small += ["--adapter.method", "hira", "--adapter.rank", "2", "--adapter.targets", "[q_proj]"]
         small += ["--run.out", str(tmp_path / "run"), "--run.steps", "2", "--run.batch_size", "4"]
+        small += ["--mesh.devices", "1"]
         code = cli.run(main, [*small, *argv] if main is finetune.main else list(argv))
         err = capsys.readouterr().err
         assert err.count("\n") <= 1
@@ -225,6 +226,8 @@ def process(base_dir, records_file, tmp_path):
             tmp_path / "run",
             "--run.batch_size",
             "4",
+            "--mesh.devices",
+            "1",
         ]
         root = Path(__file__).parents[2]
         command = [sys.executable, "-m", "train.finetune", *map(str, small), *argv]

@@ -13,10 +13,10 @@ import pytest
 import hadamax as hx
 from hadamax.models import Decoder
 from tests.train.conftest import DECODER
-from train import cli, data, finetune, metrics
+from train import cli, data, finetune, metrics, processes
 from train.config import DataConfig
-from train.finetune import NotFiniteError, State, make_steps
-from train.run import apply_of, initial_trainable, load_run
+from train.finetune import NotFiniteError, State, make_steps, placement
+from train.run import Base, apply_of, initial_trainable, load_run, trainable_shardings
 
 
 def assert_trees_equal(left, right):
@@ -27,8 +27,8 @@ def assert_trees_equal(left, right):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Model, parameters, injection, trainable tree with nonzero factors and a batch of uneven rows."""
-    model = Decoder(DECODER)
+    """Base, injection, trainable tree with nonzero factors and a batch of uneven rows."""
+    model, mesh = Decoder(DECODER), hx.make_mesh(devices=jax.devices()[:1])
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     injection = hx.inject({"q_proj": hx.hira(2), "down_proj": hx.lora(2)}, view=model.view)
     trainable = initial_trainable(jax.random.key(1), params, injection, ["norm/scale"])
@@ -36,25 +36,34 @@ def tiny():
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(3, 80, (4, 8)).astype(np.int32) for name in ("input_ids", "targets")}
     batch["weights"] = (np.arange(8) < np.array([[8], [1], [3], [5]])).astype(np.float32)
-    return model, params, injection, trainable, batch
+    base = Base(model, jax.device_put(params, hx.param_shardings(params, mesh)), DECODER, None, mesh)
+    at = trainable_shardings(base, injection, ["norm/scale"])
+    return base, injection, jax.device_put(trainable, at), batch
+
+
+def steps_of(tiny, grad_accum=1):
+    """The optimiser, the steps and the frozen base."""
+    base, injection, trainable, _ = tiny
+    _, frozen = hx.split(base.params, ["norm/scale"])
+    optimizer = optax.sgd(1.0)
+    shardings = placement(optimizer, trainable, frozen, base.mesh)
+    return optimizer, make_steps(apply_of(base, injection), optimizer, grad_accum, shardings), frozen
 
 
 def step_once(tiny, grad_accum):
-    model, params, injection, trainable, batch = tiny
-    _, frozen = hx.split(params, ["norm/scale"])
-    optimizer = optax.sgd(1.0)
-    train, _ = make_steps(apply_of(model, injection), optimizer, grad_accum)
+    _, _, trainable, batch = tiny
+    optimizer, (train, _), frozen = steps_of(tiny, grad_accum)
     state = State(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable))
     return train(state, frozen, batch)
 
 
 def test_a_step_descends_the_mean_loss_over_tokens_of_the_merged_model(tiny):
-    model, params, injection, trainable, batch = tiny
+    base, injection, trainable, batch = tiny
 
     def dense(trainable):
-        _, frozen = hx.split(params, ["norm/scale"])
+        _, frozen = hx.split(base.params, ["norm/scale"])
         merged = injection.merge(hx.join(trainable["base"], frozen), trainable["adapters"])
-        logits = jax.nn.log_softmax(model.apply(merged, batch["input_ids"]))
+        logits = jax.nn.log_softmax(base.model.apply(merged, batch["input_ids"]))
         nll = -jnp.take_along_axis(logits, jnp.asarray(batch["targets"])[..., None], -1)[..., 0]
         return (nll * batch["weights"]).sum() / batch["weights"].sum()
 
@@ -77,24 +86,22 @@ def test_micro_batches_of_uneven_tokens_give_the_step_of_the_whole_batch(tiny, g
 
 
 def test_the_base_is_an_argument_of_the_step_and_not_a_constant(tiny):
-    model, params, injection, trainable, batch = tiny
-    _, frozen = hx.split(params, ["norm/scale"])
-    optimizer = optax.sgd(1.0)
-    train, _ = make_steps(apply_of(model, injection), optimizer, 1)
+    _, _, trainable, batch = tiny
+    optimizer, (train, _), frozen = steps_of(tiny)
     traced = train.trace(State(trainable, optimizer.init(trainable)), frozen, batch)
     assert sum(np.size(constant) for constant in traced.jaxpr.consts) < 100
 
 
 def test_a_packed_batch_has_the_loss_of_its_records_apart(tiny, tokenizer):
-    model, params, injection, trainable, _ = tiny
+    base, _, trainable, _ = tiny
     records = [data.Record("", {"question": f"{i}+{i}", "answer": str(2 * i)}) for i in range(9)]
-    _, frozen = hx.split(params, ["norm/scale"])
+    _, (_, evaluate), frozen = steps_of(tiny)
     sums = []
     for packing in (False, True):
         config = DataConfig("", template="none", max_length=16, packing=packing)
         rows = data.rows(data.encode(records, tokenizer, config).examples, config)
-        _, evaluate = make_steps(apply_of(model, injection), optax.sgd(1.0), 1)
-        sums.append(sum(evaluate(trainable, frozen, batch) for batch in data.eval_batches(rows, 2)))
+        batches = data.eval_batches(rows, 2, hx.batch_sharding(base.mesh))
+        sums.append(sum(evaluate(trainable, frozen, batch) for batch in batches))
     assert sums[0][1] == sums[1][1] > 9
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)
 
@@ -254,7 +261,7 @@ def test_another_run_in_the_same_place_is_refused(make_config, change, message):
 
 
 def test_a_second_signal_has_its_own_effect():
-    with finetune.signals() as received:
+    with processes.signals() as received:
         os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
