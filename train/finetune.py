@@ -4,8 +4,8 @@
     python -m train.finetune --config train/configs/gsm8k.yaml --optim.lr 1e-3
 
 Reads from top to bottom: `finetune` prepares the base, the data, the adapters and the optimiser, then runs the loop.
-`make_steps` holds what is compiled. The run's folder gets config.json, metrics.jsonl, TensorBoard events, loss.png,
-summary.json and checkpoints, from the newest of which the same command continues.
+`make_steps` holds what is compiled. The run's folder gets config.json, manifest.json, metrics.jsonl, TensorBoard
+events, loss.png, summary.json and checkpoints, from the newest of which the same command continues.
 """
 
 import dataclasses
@@ -20,20 +20,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import hadamax as hx
 from hadamax import paths
 from hadamax.checkpoint import Checkpoints
-from train import cli, data, metrics, optim
+from train import cli, compiling, data, flops, guard, manifest, metrics, optim
 from train.config import Config, parse
+from train.profiling import Profile
 from train.progress import Progress, show
 from train.run import Base, apply_of, initial_trainable, injection_of, load_base
+from train.stopping import Best
 
 
 class State(NamedTuple):
-    """What a step changes: `{"adapters": ..., "base": ...}`, and the optimiser's state."""
+    """What a step changes: `{"adapters": ..., "base": ...}`, and the state of the guarded optimiser."""
 
     trainable: Any
     optimizer: Any
@@ -49,21 +50,17 @@ class Result(NamedTuple):
     adapters: dict[str, Any]
 
 
-class NotFiniteError(hx.HadamaxError):
-    """The loss, the gradient or a parameter is NaN or infinite."""
-
-
 def make_steps(
-    apply: Callable[..., Any], optimizer: optax.GradientTransformation, grad_accum: int
+    apply: Callable[..., Any], optimizer: optax.GradientTransformationExtraArgs, grad_accum: int
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The compiled training and evaluation steps.
 
     Gradients are taken with respect to the trainable tree alone. The frozen base is an argument: as a constant it would
-    be copied into the program.
+    be copied into the program. The optimiser is one of `guard.guard`.
 
     Returns:
-        `train(state, frozen, batch) -> (state, {loss, grad_norm, param_norm})` (the state is donated) and
-        `evaluate(trainable, frozen, batch) -> [2]`, the sum of the losses and of the weights.
+        `train(state, frozen, batch) -> (state, {loss, grad_norm, param_norm, **guard.counts})` (the state is donated)
+        and `evaluate(trainable, frozen, batch) -> [2]`, the sum of the losses and of the weights.
     """
 
     def loss(trainable, frozen, batch):
@@ -82,12 +79,15 @@ def make_steps(
         # Divided once by the tokens of all micro-batches: the mean over tokens, however they are spread.
         tokens = jnp.maximum(batch["weights"].sum(), 1)
         nll, grads = jax.tree.map(lambda x: x / tokens.astype(x.dtype), total)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable, value=nll)
         trainable = optax.apply_updates(state.trainable, updates)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(trainable)}
-        return State(trainable, optimizer_state), {"loss": nll, **norms}
+        return State(trainable, optimizer_state), {"loss": nll, **norms, **guard.counts(optimizer_state)}
 
-    return jax.jit(train, donate_argnums=0), jax.jit(lambda *args: jnp.stack(loss(*args)))
+    def evaluate(trainable, frozen, batch):
+        return jnp.stack(loss(trainable, frozen, batch))
+
+    return jax.jit(train, donate_argnums=0), jax.jit(evaluate)
 
 
 def finetune(config: Config, base: Base | None = None) -> Result:
@@ -98,7 +98,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         base: the model where it is loaded already; `config.model` then only names it.
 
     Raises:
-        HadamaxError: settings, data or a checkpoint that cannot be used; `NotFiniteError` when training diverges.
+        HadamaxError: settings, data or a checkpoint that cannot be used; `guard.NotFiniteError` and `.SpikeError` when
+            training diverges.
         Interrupted: SIGINT or SIGTERM; the step was finished and a checkpoint written.
     """
     started = time.time()
@@ -108,6 +109,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     run, out = config.run, Path(config.run.out)
     if out.exists() and not out.is_dir():
         raise hx.ConfigError(f"run.out: {out} is a file; give a directory")
+    if run.compilation_cache is not None:
+        compiling.cache(run.compilation_cache)
     injection_of(config.adapter, None)  # before the model is loaded: an unknown method or option
     train_records, eval_records = data.load(config.data, run.seed)  # first: cheap, and often wrong
     base = load_base(config.model) if base is None else base
@@ -120,6 +123,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     batches = data.train_batches(train_rows, run.batch_size, run.seed)
     steps = run.steps or max(1, math.ceil(run.epochs * len(train_rows) / run.batch_size))
     tokens_per_step = run.batch_size * sum(len(e.ids) - 1 for e in encoded.examples) / len(train_rows)
+    if run.profile is not None and run.profile[0] > steps:
+        raise hx.ConfigError(f"run.profile: begins at step {run.profile[0]}, the run ends at step {steps}")
     for name, part in (("training", encoded), ("held-out", held_out)):
         if part is not None:
             cut = f", {part.truncated} cut to {config.data.max_length} tokens" if part.truncated else ""
@@ -137,7 +142,12 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         count = sum(leaf.size for leaf in trained.values())
         print(f"base parameters that train: {', '.join(trained)} ({count:,})")
     optimizer = optim.build(config.optim, optim.learning_rates(trainable, adapters, config.optim), steps)
+    optimizer = guard.guard(optimizer, config.optim.spike)
     train_step, eval_step = make_steps(apply_of(base.model, injection), optimizer, run.grad_accum)
+    one_batch = next(data.eval_batches(train_rows, run.batch_size, limit=1))  # for its shapes
+    meter = flops.meter(tokens_per_step, eval_step, trainable, frozen, one_batch)
+    train_step = compiling.once("the training step", train_step)
+    eval_step = compiling.once("the evaluation step", eval_step)
     state = State(trainable, optimizer.init(trainable))
 
     def evaluate() -> float:
@@ -150,21 +160,37 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     out.mkdir(parents=True, exist_ok=True)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
+    best = Best()
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, signals() as received:
         start = checkpoints.latest() or 0
         if start:
             state = resume(checkpoints, start, state, batches, meta, run.resume)
-            print(f"continuing from step {start} of {steps} in {out}" if start < steps else f"{out} is finished")
-        if start < steps:  # a finished run stays as it is
+            best = Best(*checkpoints.json(start, "meta")["best"])
+        finished = start >= steps or best.exhausted(run.patience)
+        if start:
+            print(f"{out} is finished" if finished else f"continuing from step {start} of {steps} in {out}")
+        if not finished:  # a finished run stays as it is
             metrics.write_text(out / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        saved, pending, seconds, trained = start, [], 0.0, 0
-        with metrics.Metrics(out, start) as log, Progress(start, steps) as progress:
-            if eval_rows is not None and not start:
-                log.log(0, eval_loss=(eval_loss := evaluate()))
-                progress.update(0, eval_loss=eval_loss)
+            manifest.append(out / "manifest.json", manifest.describe(config, start))
+        step, saved, pending, seconds, trained = start, start, [], 0.0, 0
+        with (
+            metrics.Metrics(out, start) as log,
+            Progress(start, steps) as progress,
+            Profile(out / "profile" / f"process_{jax.process_index()}", run.profile) as profile,
+        ):
+
+            def evaluate_and_log(best: Best) -> Best:
+                log.log(step, eval_loss=(eval_loss := evaluate()))
+                progress.update(step, eval_loss=eval_loss)
+                return best.after(step, eval_loss)
+
+            missed = best.last < start and due(start, run.eval_every, steps)  # a signal came
+            if eval_rows is not None and not finished and (missed or not start):
+                best = evaluate_and_log(best)
             clock = time.perf_counter()
-            for step in range(start + 1, steps + 1):
-                state, values = train_step(state, frozen, next(batches))
+            while not finished:
+                step += 1
+                state, values = profile.step(step, train_step, state, frozen, next(batches))
                 pending.append(values)
                 stop = bool(received)
                 eval_now = eval_rows is not None and not stop and due(step, run.eval_every, steps)
@@ -173,19 +199,19 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                     continue
                 # The only transfers from the device: every `log_every` steps, and before an evaluation or a save.
                 fetched = jax.device_get(pending)
-                check_finite(fetched, step, saved, out)
+                guard.check(fetched, step, config.optim.max_skips, saved, out)
                 elapsed = time.perf_counter() - clock
-                speed = len(fetched) * tokens_per_step / elapsed
                 if step > start + 1:  # the first step compiles
                     seconds, trained = seconds + elapsed, trained + len(fetched)
-                mean = {name: float(np.mean([values[name] for values in fetched])) for name in fetched[0]}
-                log.log(step, **mean, tokens_per_second=speed)
-                progress.update(step, loss=mean["loss"], tokens_per_second=speed)
+                figures = guard.means(fetched) | meter.rates(len(fetched), elapsed)
+                log.log(step, **figures)
+                progress.update(step, **figures)
                 pending = []
                 if eval_now:
-                    log.log(step, eval_loss=(eval_loss := evaluate()))
-                    progress.update(step, eval_loss=eval_loss)
-                if save_now:
+                    best = evaluate_and_log(best)
+                finished = step == steps or best.exhausted(run.patience)
+                if save_now or finished:
+                    meta["best"] = best
                     checkpoints.save(step, state.trainable, state.optimizer, data=batches.get_state(), meta=meta)
                     saved = step
                 if stop:
@@ -194,10 +220,12 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         checkpoints.wait()
     lines = metrics.read(out / "metrics.jsonl")
     metrics.plot(lines, out / "loss.png", f"{config.adapter.method or 'base parameters'}, {out.name}")
-    if received and saved < steps:
+    if received and not finished:
         name = signal.Signals(received[0]).name
         message = f"stopped by {name} after step {saved}; the checkpoint is in {out}, the same command continues"
         raise cli.Interrupted(message, received[0])
+    if step < steps:
+        print(f"stopped after step {step} of {steps}: no lower held-out loss since step {best.step} (run.patience)")
 
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
@@ -208,19 +236,21 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         "trainable_parameters": count,
         "base_parameters": total,
         "trainable_share": count / total,
-        "steps": steps,
-        "tokens_per_second": trained * tokens_per_step / seconds if seconds else None,
+        "steps": step,
+        "skipped_steps": int(state.optimizer.skipped),
+        **(meter.rates(trained, seconds) if trained else {"tokens_per_second": None}),
         "train_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "eval_loss_first": losses[0] if losses else None,
         "eval_loss_last": losses[-1] if losses else None,
-        "eval_loss_best": min(losses, default=None),
+        "eval_loss_best": best.loss,
+        "best_step": best.step,
         "records": len(encoded.examples),
         "records_cut": encoded.truncated,
         "records_left_out": encoded.dropped,
         "seconds": round(time.time() - started, 1),
         "out": str(out),
     }
-    if start >= steps and (out / "summary.json").is_file():  # nothing ran: the figures are those of the run that did
+    if step == start and (out / "summary.json").is_file():  # nothing ran: the figures are those of the run that did
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     metrics.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     params = hx.join(state.trainable["base"], frozen)
@@ -248,6 +278,7 @@ def resume(
             found = f"was made with other {name}: {difference(there, here)}"
             raise hx.ConfigError(f"{checkpoints.directory} {found}; give another run.out")
     free = {"out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume"}  # change no parameter
+    free |= {"patience", "profile", "compilation_cache", "max_skips"}
     for section in ("model", "data", "optim", "run"):
         for name, value in meta["config"][section].items():
             if name not in free and old["config"][section].get(name) != value:
@@ -273,16 +304,6 @@ def difference(there: Any, here: Any, where: str = "") -> str:
             if value != here[key]:
                 return difference(value, here[key], f"{where}.{key}".lstrip("."))
     return f"{where} was {json.dumps(there)}, now {json.dumps(here)}".lstrip()
-
-
-def check_finite(fetched: Sequence[dict[str, Any]], step: int, saved: int, out: Path) -> None:
-    """Raises `NotFiniteError` with the first bad step among the last ones, which end at `step`."""
-    for i, values in enumerate(fetched):
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad:
-            kept = f"the checkpoint of step {saved} is kept in {out}" if saved else "no checkpoint had been written yet"
-            found = f"{bad[0]} is {float(values[bad[0]])} at step {step - len(fetched) + 1 + i}"
-            raise NotFiniteError(f"{found}; stopped, {kept}; a lower optim.lr often helps")
 
 
 def due(step: int, every: int, steps: int) -> bool:
