@@ -1,4 +1,8 @@
-"""Records on disk to fixed-shape token batches: read, tokenise, pack, and a grain pipeline with a position to save."""
+"""Records on disk to fixed-shape token batches: read, tokenise, pack, and a grain pipeline with a position to save.
+
+Every process reads and tokenises all records: packing, the counts of cut and left-out records and the number of steps
+depend on all of them. From then on each makes, and puts on its devices, only the rows that these hold.
+"""
 
 import bisect
 import functools

@@ -134,8 +134,11 @@ def mean_loss(
 
     step = jax.jit(loss, out_shardings=NamedSharding(base.mesh, PartitionSpec()))
     rows = data.rows(data.encode(records, base.tokenizer, config).examples, config)
-    sums = [step(base.params, adapters, batch) for batch in data.eval_batches(rows, batch_size, sharding)]
-    total, tokens = np.sum(jax.device_get(sums), axis=0)
+    # One after the other, as in finetune.py.
+    sums = [
+        jax.device_get(step(base.params, adapters, batch)) for batch in data.eval_batches(rows, batch_size, sharding)
+    ]
+    total, tokens = np.sum(sums, axis=0)
     return float(total / tokens)
 
 

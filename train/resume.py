@@ -14,9 +14,10 @@ T = TypeVar("T")
 # What changes no parameter. A base that has moved is the same base: its weights are compared.
 FREE = {
     "model.base",
-    *(f"run.{name}" for name in ("out", "eval_every", "eval_rows", "save_every", "keep", "log_every")),
+    *(f"run.{name}" for name in ("out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume")),
+    *(f"run.{name}" for name in ("patience", "profile", "compilation_cache")),
+    "optim.max_skips",
 }
-FREE |= {"run.resume"}
 
 
 def resume(checkpoints: Checkpoints, state: Any, batches: Any, meta: dict[str, Any], wanted: bool) -> tuple[int, Any]:

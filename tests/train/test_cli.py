@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train import cli, evaluate, export, finetune, metrics
-from train.finetune import make_steps
+from train.step import make_steps
 
 
 @pytest.fixture
@@ -155,10 +155,9 @@ def test_a_loss_that_is_not_a_number(run, monkeypatch):
         train, evaluate = make_steps(*args)
 
         def bad(state, frozen, batch):
-            state, values = train(state, frozen, batch)
-            return state, {**values, "loss": jnp.nan * values["loss"]}
+            return train(state, frozen, batch | {"weights": jnp.nan * batch["weights"]})
 
-        return bad, evaluate
+        return jax.jit(bad), evaluate
 
     monkeypatch.setattr(finetune, "make_steps", poisoned)
     code, err = run()

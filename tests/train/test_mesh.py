@@ -25,7 +25,7 @@ import hadamax as hx
 from hadamax import hf, paths
 from hadamax.models import Decoder, DecoderConfig
 from tests.train.conftest import character_tokenizer
-from train import cli, data, evaluate, export, finetune, metrics, processes
+from train import cli, compiling, data, evaluate, export, finetune, metrics, processes
 from train.config import Config, EvaluateConfig, MeshConfig, UsageError, from_dict
 
 DECODER = DecoderConfig(80, 16, 32, 2, 4, 2, 4, eos_token_id=2)
@@ -120,31 +120,28 @@ def test_losses_are_those_of_one_device(settings, single, mix, mesh, tmp_path):
 def test_factors_and_their_moments_lie_as_their_kernels_and_one_program_runs_every_step(
     settings, tmp_path, monkeypatch
 ):
-    seen, make_steps = {}, finetune.make_steps
+    seen, once = {}, compiling.once
 
-    def watched(*args):
-        train, evaluate = make_steps(*args)
+    def watched(name, function):
+        call = once(name, function)
 
-        def step(state, frozen, batch):
-            seen.update(
-                state=state._replace(optimizer=jax.tree.map(lambda x: x.sharding, state.optimizer)), train=train
-            )
-            seen.update(trainable=jax.tree.map(lambda x: x.sharding, state.trainable), batch=batch, frozen=frozen)
-            return train(state, frozen, batch)
+        def step(*args):
+            seen[name] = jax.tree.map(lambda x: x.sharding, args), args[1], args[2]
+            return call(*args)
 
-        return step, evaluate
+        return step
 
-    monkeypatch.setattr(finetune, "make_steps", watched)
+    monkeypatch.setattr(compiling, "once", watched)  # which refuses a second program
     finetune.finetune(settings(tmp_path / "run", "products", ALL, steps=3))
-    assert seen["train"]._cache_size() == 1
-    q = seen["trainable"]["adapters"]["layers/self_attn/q_proj/kernel"]
+    (state, *_), frozen, batch = seen["the training step"]
+    q = state.trainable["adapters"]["layers/self_attn/q_proj/kernel"]
     assert (q["a"].spec, q["b"].spec) == (P(None, "fsdp", None), P(None, None, "tensor"))
-    adam = seen["state"].optimizer[1]
-    assert adam.mu == adam.nu == seen["trainable"]
+    adam = state.optimizer.inner[1]
+    assert adam.mu == adam.nu == state.trainable
     assert adam.count.is_fully_replicated
-    for shard in seen["batch"]["input_ids"].addressable_shards:
+    for shard in batch["input_ids"].addressable_shards:
         assert shard.data.shape == (4, 16)
-    kernel = paths.leaves(seen["frozen"])["layers/self_attn/q_proj/kernel"]
+    kernel = paths.leaves(frozen)["layers/self_attn/q_proj/kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
 
 
