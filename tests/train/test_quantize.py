@@ -34,7 +34,9 @@ def test_training_on_a_quantised_base_gains_what_it_gains_on_the_base(tmp_path):
             ModelConfig(str(demo.BASE), quantize=kind),
             DataConfig(str(train), eval=str(test), max_length=32),
         )
-        summary = finetune(Config(model, settings, demo.METHODS["hira"], OptimConfig(), run)).summary
+        summary = finetune(
+            Config(model, settings, demo.METHODS["hira"], OptimConfig(), run, MeshConfig(devices=1))
+        ).summary
         losses[kind] = (summary["eval_loss_first"], summary["eval_loss_last"])
     (first, last), gained = losses[None], losses[None][0] - losses[None][1]
     assert gained > 0.5 * first
