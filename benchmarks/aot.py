@@ -51,12 +51,12 @@ def plan() -> list[Any]:
         ("Llama-3.1-70B", "v5p:2x2x4", (1, 16, 1)),
     ]
     cases = []
-    for seq, rows in ((1024, 2), (4096, 1)):
+    for seq, rows in ((1024, 4), (4096, 1)):  # 4096 tokens a chip
         for model, topology, mesh in slices:
             cases += [Case(model, method, topology, mesh, rows * mesh[0] * mesh[1], seq) for method in small]
     # tensor parallelism
     methods = ("LoRA", "HiRA", "BoHA", "ABBA", "ABBA merged", "LoHa merged")
-    cases += [Case("Llama-3.1-8B", method, "v5e:2x4", (1, 4, 2), 8, 1024) for method in methods]
+    cases += [Case("Llama-3.1-8B", method, "v5e:2x4", (1, 4, 2), 16, 1024) for method in methods]
     cases += [Case("Llama-3.1-70B", method, "v5p:2x2x2", (1, 4, 2), 4, 4096) for method in ("LoRA", "HiRA")]
     # one model from one chip to 256, one row of 4096 tokens per group of chips that holds rows
     scaling = [
@@ -76,14 +76,22 @@ def plan() -> list[Any]:
         methods = ("LoRA", "HiRA")
         cases += [Case("Llama-3.1-8B", method, topology, mesh, mesh[0] * mesh[1], 4096) for method in methods]
     # qwix's LoRA on the same model, factors in both dtypes; ours in float32 is above
-    for topology, mesh, batch in (("v5e:1x1", (1, 1, 1), 2), ("v5e:2x4", (1, 8, 1), 16)):
+    for topology, mesh, batch in (("v5e:1x1", (1, 1, 1), 4), ("v5e:2x4", (1, 8, 1), 32)):
         peer = [("LoRA", "float32"), ("LoRA", "bfloat16"), ("qwix LoRA", "float32"), ("qwix LoRA", "bfloat16")]
         cases += [
             Case("Llama-3.2-1B", method, topology, mesh, batch, 1024, factor_dtype=dtype) for method, dtype in peer
         ]
     # the vocabulary doubled
-    for topology, mesh, batch in (("v5e:1x1", (1, 1, 1), 2), ("v5e:2x4", (1, 8, 1), 16)):
+    for topology, mesh, batch in (("v5e:1x1", (1, 1, 1), 4), ("v5e:2x4", (1, 8, 1), 32)):
         cases += [Case("Llama-3.2-1B", "LoRA", topology, mesh, batch, 1024, vocab_size=2 * 128256)]
+    # quantised bases: a model on one chip that does not hold it in bfloat16, and on four
+    for dtype, topology, mesh in (
+        ("nf4", "v5e:1x1", (1, 1, 1)),
+        ("int8", "v5e:2x2", (1, 4, 1)),
+        ("nf4", "v5e:2x2", (1, 4, 1)),
+    ):
+        methods = ("LoRA", "HiRA", "BoHA", "ABBA", "Hadamard Adapter")
+        cases += [Case("Llama-3.1-8B", m, topology, mesh, mesh[1], 4096, base_dtype=dtype) for m in methods]
     return list(dict.fromkeys(cases))
 
 
