@@ -56,7 +56,7 @@ def plan() -> list[Any]:
         cases += [Case(model, method, topology, mesh, 4 * rows, 1024) for method in methods]
     for at, (model, topology, mesh) in enumerate(slices):
         rows = mesh[0] * mesh[1]
-        cases += [Case(model, method, topology, mesh, rows, 4096) for method in methods[: 4 if at < 3 else 2]]
+        cases += [Case(model, method, topology, mesh, rows, 4096) for method in methods[: 4 if at < 2 else 2]]
     # every merged method, and tensor parallelism
     merged = ("ABBA merged", "LoHa merged")
     cases += [Case("Llama-3.1-8B", method, "v5e:2x4", (1, 8, 1), 32, 1024) for method in merged]
@@ -65,12 +65,10 @@ def plan() -> list[Any]:
     # one model from one chip to 256, one row of 4096 tokens per group of chips that holds rows
     scaling = [
         ("v5e:1x1", (1, 1, 1)),
-        ("v5e:2x2", (1, 4, 1)),
         ("v5e:8x8", (4, 16, 1)),
         ("v5e:16x16", (16, 16, 1)),
         ("v5e:16x16", (8, 16, 2)),
         ("v5p:1x1x1", (1, 1, 1)),
-        ("v5p:2x2x4", (1, 16, 1)),
         ("v5p:4x8x8", (16, 16, 1)),
     ]
     for topology, mesh in scaling:
@@ -133,7 +131,8 @@ def measure(case: Any) -> dict[str, Any]:
     from benchmarks.hlo import matmul_flops, parse
     from benchmarks.training_step import lowered
 
-    devices = topologies.get_topology_desc(case.topology, platform="tpu").devices
+    whole = {"v5e:1x1": "v5e:2x2", "v5p:1x1x1": "v5p:2x2x1"}.get(case.topology, case.topology)  # hosts have four chips
+    devices = topologies.get_topology_desc(whole, platform="tpu").devices[: case.chips]
     hbm = HBM[case.topology.split(":")[0]]
     row = dataclasses.asdict(case) | {"chips": case.chips, "hbm_bytes": hbm}
     row |= {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "source": source()}
