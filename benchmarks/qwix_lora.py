@@ -14,7 +14,7 @@ from hadamax.sharding import fitting
 
 
 def qwix_lora(case: Any, model: Decoder, params: Any, mesh: Mesh):
-    """`(factors, base, loss)`, placed; factors are kept in `case.factor_dtype` and used in bfloat16, as ours are."""
+    """`(factors, base, loss)`, placed; what qwix does with factors of `case.factor_dtype` is its own."""
     rule = qwix.LoraRule(module_path=".*_proj", rank=case.rank, alpha=case.rank)
     adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]), methods=("__call__", "loss"))
     ids = jax.ShapeDtypeStruct((case.batch, case.seq), jnp.int32)
@@ -47,8 +47,7 @@ def qwix_lora(case: Any, model: Decoder, params: Any, mesh: Mesh):
     frozen = {path: array(leaf, placed[path]) for path, leaf in base.items()}
 
     def loss(trainable, frozen, ids, targets, weights):
-        used = {path: leaf.astype(jnp.bfloat16) for path, leaf in trainable.items()}
-        tree = traverse_util.unflatten_dict(frozen | used, sep="/")
+        tree = traverse_util.unflatten_dict(frozen | trainable, sep="/")
         total, count = adapted.apply(tree, ids, targets, weights, method="loss")
         return total / count
 

@@ -66,8 +66,7 @@ def lowered(case: Case, devices: list[jax.Device]) -> jax.stages.Lowered:
     """The step of a case, traced and ready to compile for these devices."""
     data, fsdp, tensor = case.mesh
     mesh = hx.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
-    options: dict[str, Any] = {"mesh": mesh} if "mesh" in {f.name for f in dataclasses.fields(Decoder)} else {}
-    model = Decoder(case.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=case.remat, **options)
+    model = Decoder(case.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=case.remat, mesh=mesh)
     batch = _batch(case, mesh)
     params = jax.eval_shape(model.init, jax.random.key(0), batch[0])
     if case.method == "full":
@@ -127,7 +126,7 @@ def _adapter(case: Case, model: Decoder, params: Any, mesh: Mesh):
     where, adapter = entry
     injection = hx.inject({where: adapter(case.rank)}, view=model.view)
     adapters = jax.eval_shape(injection.init, jax.random.key(0), params)
-    params = quantised(params, case.base_dtype)
+    params = quantised(params, case.base_dtype, model.view)
     placed = hx.param_shardings(params, mesh)
     adapters = _placed(adapters, injection.shardings(params, placed), jnp.dtype(case.factor_dtype))
     apply = injection.apply(model.apply, placed)
@@ -139,8 +138,8 @@ def _adapter(case: Case, model: Decoder, params: Any, mesh: Mesh):
     return adapters, _placed(params, placed), loss
 
 
-def quantised(params: Any, dtype: str) -> Any:
+def quantised(params: Any, dtype: str, view: str | None) -> Any:
     """The shapes of a base in int8 or nf4; bfloat16 is what they are."""
     if dtype == "bfloat16":
         return params
-    return jax.eval_shape(functools.partial(hx.quantize, dtype=dtype), params)
+    return jax.eval_shape(functools.partial(hx.quantize, dtype=dtype, view=view), params)

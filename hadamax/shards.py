@@ -47,6 +47,12 @@ def _without(axes: Any, gone: Sequence[str]) -> Any:
     return kept or None
 
 
+def platform(placement: Placement | None) -> str:
+    """Of the devices that a program is traced for, which ahead of time are not those at hand."""
+    mesh = None if placement is None else placement.mesh
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+
+
 def gathered(kernel: Any, placement: Placement | None) -> Any:
     """A kernel `[in, out]`, or its codes and scales, whole within each shard of the batch."""
     if placement is None:
@@ -81,10 +87,11 @@ def by_shard(dot: Callable[..., jax.Array], placement: Placement, role: str) -> 
     def by_shard(one: dict[str, Any], x: jax.Array) -> jax.Array:
         one = {**one, "kernel": gathered(one["kernel"], placement)}
         factors = jax.tree.map(lambda factor: copied(factor, x.dtype), one["factors"])
-        x = constrain(x.reshape(placement.shards, -1, x.shape[-1]), split, None, taken)
+        rows, inner = x.shape[:-1], [None] * (x.ndim - 1)
+        x = x.reshape(placement.shards, rows[0] // placement.shards, *x.shape[1:])
+        x = constrain(x, split, *inner, taken)
         y = jax.vmap(lambda factors, x: dot({**one, "factors": factors}, x))(factors, x)
-        y = constrain(y, split, None, given)
-        return y.reshape(-1, y.shape[-1])
+        return constrain(y, split, *inner, given).reshape(*rows, -1)
 
     return by_shard
 

@@ -18,7 +18,7 @@ from hadamax.adapter import Adapter, Factors, Linear
 from hadamax.errors import MergeError
 from hadamax.methods.merging import widened
 from hadamax.quantized import QuantizedWeight, dequantized, is_qarray
-from hadamax.shards import Placement, by_shard, gathered
+from hadamax.shards import Placement, by_shard, gathered, platform
 from hadamax.views import Axes
 
 
@@ -157,8 +157,8 @@ def matmul(
         return None
     dtype = jnp.promote_types(x.dtype, w.dtype)
 
-    # x [batched..., rows, contracted], kernel [batched..., loose..., in, out]; with one row axis the gradients contract
-    # over one axis, which XLA's CPU backend does twice as fast as over two
+    # x [batched..., rows..., contracted], kernel [batched..., loose..., in, out]. With one row axis the gradients
+    # contract over one axis, which XLA's CPU backend does twice as fast as over two; on TPUs it would take memory.
     order = views.of_role(w.axes, role)
     own = views.of_role(w.axes, "b")
     loose = [label for label in own if label not in batched]
@@ -166,7 +166,8 @@ def matmul(
     free = [at for at in range(x.ndim) if at not in (*batch[0], *ends)]
     rows = [x.shape[at] for at in free]
     x = jnp.transpose(x, [*batch[0], *free, *ends]).astype(dtype)
-    x = x.reshape(*x.shape[: len(batched)], math.prod(rows), math.prod(views.sizes(w.shape, w.axes, order)))
+    flat = [math.prod(rows)] if len(rows) < 2 or platform(w.placement) == "cpu" else rows
+    x = x.reshape(*x.shape[: len(batched)], *flat, math.prod(views.sizes(w.shape, w.axes, order)))
     permutation = [own.index(label) for label in (*batched, *loose)]
 
     def reorder(leaf: jax.Array) -> jax.Array:
@@ -196,7 +197,7 @@ def matmul(
 
     # y [batched..., loose..., rows, produced] -> batched, free, then w's free axes in their own order
     produced = views.of_role(w.axes, "o" if role == "i" else "i")
-    y = y.reshape(*y.shape[: y.ndim - 2], *rows, *views.sizes(w.shape, w.axes, produced))
+    y = y.reshape(*y.shape[: y.ndim - 1 - len(flat)], *rows, *views.sizes(w.shape, w.axes, produced))
     xs = [f"x{at}" for at in range(len(rows))]
     labels = [*batched, *loose, *xs, *produced]
     kept = [label for label in w.axes if label not in (*batched, *contracted)]
