@@ -36,7 +36,7 @@ def once(name: str, function: Any) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         nonlocal first
         leaves, tree = jax.tree.flatten(args)
-        forms = [_Form(jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves]
+        forms = [_form(leaf) for leaf in leaves]
         if first is None:
             first = tree, forms
         elif first[0] != tree or not all(map(_alike, first[1], forms)):
@@ -53,22 +53,29 @@ def once(name: str, function: Any) -> Callable[..., Any]:
 class _Form(NamedTuple):
     """Shape and dtype of an argument, and where it lies; None where it is not on a device yet."""
 
-    aval: Any
+    shape: tuple[int, ...]
+    dtype: Any
+    weak: bool
     sharding: Any
 
 
+def _form(leaf: Any) -> _Form:
+    aval = jax.typeof(leaf)  # whose own sharding is not where the array lies
+    return _Form(aval.shape, aval.dtype, aval.weak_type, getattr(leaf, "sharding", None))
+
+
 def _alike(one: _Form, other: _Form) -> bool:
-    if one.aval != other.aval:
+    if one[:3] != other[:3]:
         return False
     a, b = one.sharding, other.sharding
-    return a is None or b is None or a == b or a.is_equivalent_to(b, one.aval.ndim)
+    return a is None or b is None or a == b or a.is_equivalent_to(b, len(one.shape))
 
 
 def _texts(tree: Any, forms: list[_Form]) -> dict[str, str]:
     """Each argument's form by its path, with the sharding where it spans devices."""
 
     def text(form: _Form) -> str:
-        array = f"{form.aval.dtype.name}{list(form.aval.shape)}".replace(" ", "")
+        array = f"{form.dtype.name}{list(form.shape)}".replace(" ", "")
         one = form.sharding is None or len(form.sharding.device_set) == 1
         return array if one else f"{array} {getattr(form.sharding, 'spec', form.sharding)}"
 
