@@ -74,7 +74,7 @@ def test_bytes_and_counts_of_a_program_are_those_that_a_hand_counts():
 
 
 def test_one_channel_is_one_gather_however_many_fusions_it_is_spread_over():
-    start, done = (line for line in HAND.splitlines() if "%gather" in line)
+    start = next(line for line in HAND.splitlines() if "%gather" in line)
     part = start.replace("%gather", "%part").replace("replica_groups", "channel_id=7, replica_groups")
     spread = HAND.replace(start, f"{start.replace('replica_groups', 'channel_id=7, replica_groups')}\n{part}")
     assert totals(collectives(spread)) == totals(collectives(HAND))
