@@ -39,6 +39,7 @@ def program(out: Path, steps: int) -> subprocess.Popen[str]:
         "run.out": out,
         "run.steps": steps,
         "run.batch_size": BATCH,
+        "mesh.devices": 1,
         "run.eval_every": 2 * SAVE_EVERY,
         "run.save_every": SAVE_EVERY,
         "run.log_every": 1,

@@ -58,7 +58,7 @@ def _blocks(leaf: jax.Array) -> list[jax.Array]:
     """The sums of one leaf: each shard's own, so that nothing moves between devices."""
     strides = tuple(math.prod(leaf.shape[at + 1 :]) for at in range(leaf.ndim))
     if not leaf.is_fully_addressable:  # the shards of other processes cannot be asked: one program for all
-        return [_sum(leaf, np.zeros(leaf.ndim, np.int32), np.uint32(0), leaf.shape, strides)]
+        return [_alone(_sum(leaf, np.zeros(leaf.ndim, np.int32), np.uint32(0), leaf.shape, strides))]
     sums = []
     for shard in leaf.addressable_shards:
         if shard.replica_id:
@@ -111,8 +111,13 @@ def checksums(leaves: dict[str, Any]) -> dict[str, str]:
         >>> checksums({"w": ones}) == checksums({"w": ones.at[1].add(1e-7)})
         False
     """
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
+    sums = jax.device_get({path: _alone(_checksum(leaf)) for path, leaf in leaves.items()})
     return {path: f"{int(part):08x}" for path, part in sums.items()}
+
+
+def _alone(result: jax.Array) -> jax.Array:
+    """Waits for a program of several devices: on CPU, two of them under way at once can wait for each other."""
+    return result if len(result.sharding.device_set) == 1 else jax.block_until_ready(result)
 
 
 @jax.jit

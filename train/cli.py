@@ -50,5 +50,7 @@ def run(program: Callable[[Sequence[str] | None], object], argv: Sequence[str] |
 
 
 def _fail(message: str, code: int = 1) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    several = jax.distributed.is_initialized() and jax.process_index()
+    who = f"process {jax.process_index()}: " if several else ""
+    print(f"{who}error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -99,9 +99,16 @@ class OptimConfig:
         betas: decay of the first and second moment.
         weight_decay: decoupled weight decay of the trained base parameters; factors are never decayed, since some rest
             at 1 and all make an update that should not fade.
-        schedule: shape of the learning rate after the warm-up.
+        schedule: shape of the learning rate after the warm-up; wsd (warm-up, stable, decay) is constant until the last
+            steps, in which it falls linearly.
         warmup: share of the steps over which the learning rate rises to its peak.
+        decay: share of the steps over which wsd falls.
+        min_lr_ratio: share of the peak at which linear, cosine and wsd end.
         clip: largest global norm of the gradient; 0 turns clipping off.
+        spike: a step is bad where its loss or its gradient norm (before clipping) is above so many times the running
+            mean, as it is where a value is not finite; 0 turns this off. Try 3 to 10.
+        max_skips: bad steps in a row that are left out, and counted, with parameters and optimiser as they were (the
+            schedule too) and the data passed over; the next one ends the run. 0 stops at the first.
     """
 
     lr: float | None = None
@@ -110,9 +117,13 @@ class OptimConfig:
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup: float = 0.03
+    decay: float = 0.2
+    min_lr_ratio: float = 0.0
     clip: float = 1.0
+    spike: float = 0.0
+    max_skips: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,10 @@ class RunConfig:
         log_every: steps between fetches of the loss from the device.
         seed: seeds the adapters, the held-out split and the order of the rows.
         resume: continue from the newest checkpoint in out; false refuses a directory that has one.
+        patience: stop after so many evaluations without a lower loss; null runs all steps.
+        profile: first and last step that jax.profiler traces into out/profile; null traces none.
+        compilation_cache: directory that keeps compiled programs for later runs; null leaves it to JAX's environment
+            variables.
     """
 
     out: str = "runs/finetune"
@@ -147,6 +162,28 @@ class RunConfig:
     log_every: int = 10
     seed: int = 0
     resume: bool = True
+    patience: int | None = None
+    profile: tuple[int, int] | None = None
+    compilation_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The devices, and what is split over them.
+
+    Attributes:
+        data: groups of devices that hold whole copies of what fsdp and tensor split; they share out a batch's rows.
+        fsdp: devices that split the parameters and the rows. One of the three may be -1: for the rest of the devices.
+        tensor: devices that split the widths of layers and compute the same rows; keep them in one machine.
+        devices: use only the first so many devices; null takes all, those of other processes too.
+        distributed: auto joins other processes where the environment tells of any (train/LAUNCHING.md); never does not.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    devices: int | None = None
+    distributed: Literal["auto", "never"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -159,6 +196,7 @@ class Config:
         adapter: what is trained.
         optim: optimiser and schedule.
         run: length, logging and checkpoints.
+        mesh: the devices, and what is split over them.
     """
 
     model: ModelConfig
@@ -166,16 +204,27 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep"):
             _require(self, name, lambda v: v >= 1, "at least 1")
-        for name in ("run.eval_every", "run.save_every", "optim.clip", "optim.weight_decay"):
+        for name in ("run.eval_every", "run.save_every", "optim.clip", "optim.weight_decay", "optim.max_skips"):
             _require(self, name, lambda v: v >= 0, "0 or more")
-        for name in ("data.eval_fraction", "optim.warmup"):
+        for name in ("data.eval_fraction", "optim.warmup", "optim.min_lr_ratio"):
             _require(self, name, lambda v: 0 <= v < 1, "0 or more and below 1")
-        for name in ("run.steps", "run.eval_rows", "data.limit"):
+        for name in ("run.steps", "run.eval_rows", "data.limit", "run.patience"):
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
+        _require(self, "optim.spike", lambda v: v == 0 or v > 1, "0 or above 1")
+        if self.optim.schedule == "wsd":
+            _require(
+                self, "optim.decay", lambda v: 0 < v <= 1 - self.optim.warmup, "above 0 and within 1 - optim.warmup"
+            )
+        _require(self, "run.profile", lambda v: v is None or 1 <= v[0] <= v[1], "a first and a last step, from 1 on")
+        if self.run.patience is not None and not (self.run.eval_every and (self.data.eval or self.data.eval_fraction)):
+            raise UsageError("run.patience: nothing to wait for; give run.eval_every, and data.eval or .eval_fraction")
+        if self.optim.schedule == "constant" and self.optim.min_lr_ratio:
+            raise UsageError("optim.min_lr_ratio: a constant schedule does not fall; set optim.schedule")
         _require(self, "run.epochs", lambda v: v > 0, "above 0")
         if self.run.batch_size % self.run.grad_accum:
             sizes = f"{self.run.grad_accum} does not divide run.batch_size {self.run.batch_size}"
@@ -218,6 +267,7 @@ class EvaluateConfig:
         limit: use only the first records.
         merge: merge the adapters first, rather than applying them inside each layer.
         out: JSONL file for the answers; null writes none.
+        mesh: the devices, and what is split over them.
     """
 
     data: str
@@ -234,6 +284,7 @@ class EvaluateConfig:
     limit: int | None = None
     merge: bool = False
     out: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.model is None):
@@ -261,6 +312,7 @@ class ExportConfig:
         verify: read the directory back and print the largest difference of logits from the run's.
         step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
         base: where the run's base is now, if it has moved.
+        mesh: the devices, and what is split over them.
     """
 
     run: str
@@ -274,6 +326,7 @@ class ExportConfig:
     verify: bool = False
     step: Literal["last", "best"] | int = "last"
     base: str | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.merged and self.adapter is not None:

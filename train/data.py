@@ -1,21 +1,29 @@
-"""Records on disk to fixed-shape token batches: read, tokenise, pack, and a grain pipeline with a position to save."""
+"""Records on disk to fixed-shape token batches: read, tokenise, pack, and a grain pipeline with a position to save.
+
+Every process reads and tokenises all records: packing, the counts of cut and left-out records and the number of steps
+depend on all of them. From then on each makes, and puts on its devices, only the rows that these hold.
+"""
 
 import bisect
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from hadamax.errors import DataError
 from train.config import DataConfig
 from train.prompts import render, template_text
 
-# Arguments of `Decoder.loss`: input_ids, targets int32 and weights float32, all [rows, length]; packed rows also have
-# positions and segment_ids int32.
-Batch = dict[str, np.ndarray]
+# Arguments of `Decoder.loss`: input_ids, targets int32 and weights float32, of a row [length], of a batch
+# [rows, length]; packed rows also have positions and segment_ids int32.
+Row = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
 
 
 class Record(NamedTuple):
@@ -165,9 +173,9 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
     return rows
 
 
-def build_row(examples: Sequence[Example], size: int) -> Batch:
+def build_row(examples: Sequence[Example], size: int) -> Row:
     """One padded row. Segments count from 1 and positions from 0 in each example; padding is segment 0, weight 0."""
-    row: Batch = {key: np.zeros(size, np.int32) for key in ("input_ids", "targets", "positions", "segment_ids")}
+    row: Row = {key: np.zeros(size, np.int32) for key in ("input_ids", "targets", "positions", "segment_ids")}
     row["weights"] = np.zeros(size, np.float32)
     start = 0
     for segment, (ids, learn) in enumerate(examples, 1):
@@ -187,22 +195,71 @@ def rows(examples: Sequence[Example], config: DataConfig) -> grain.MapDataset:
         bins = [[i] for i in range(len(examples))]
         keys = ("input_ids", "targets", "weights")
 
-    def row(bin: list[int]) -> Batch:
+    def row(bin: list[int]) -> Row:
         full = build_row([examples[i] for i in bin], config.max_length)
         return {key: full[key] for key in keys}
 
     return grain.MapDataset.source(bins).map(row)
 
 
-def train_batches(rows: grain.MapDataset, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Batches without end, reshuffled every epoch; `get_state` and `set_state` give and take the position."""
-    return iter(rows.seed(seed).shuffle().repeat(None).batch(batch_size).to_iter_dataset())  # pyright: ignore[reportReturnType]
+class _Batches:
+    """Batch `s` has rows `s B` to `s B + B - 1` of a stream, past its end rows of weight 0. A source for grain.
+
+    Each process makes the rows that its devices hold and no others. What stands where follows from `s` alone, so that
+    order and position do not depend on the number of devices or processes.
+    """
+
+    def __init__(self, stream: grain.MapDataset, count: int, batch_size: int, sharding: NamedSharding):
+        self.stream, self.count, self.batch_size, self.sharding = stream, count, batch_size, sharding
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        start, made = index * self.batch_size, dict[int, Row]()
+
+        def rows(where: Any) -> range:
+            return range(self.batch_size)[where[0]]
+
+        for where in self.sharding.addressable_devices_indices_map((self.batch_size,)).values():
+            for r in rows(where):  # devices that split a width hold the same rows
+                if r not in made:
+                    made[r] = self.row(start + r)
+
+        def part(key: str, where: Any) -> np.ndarray:
+            return np.stack([made[r][key] for r in rows(where)])
+
+        return {
+            key: jax.make_array_from_callback(
+                (self.batch_size, *row.shape), self.sharding, functools.partial(part, key)
+            )
+            for key, row in next(iter(made.values())).items()
+        }
+
+    def row(self, i: int) -> Row:
+        row: Any = self.stream[min(i, self.count - 1)]
+        return row if i < self.count else {key: np.zeros_like(value) for key, value in row.items()}
 
 
-def eval_batches(rows: grain.MapDataset, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def _iterator(batches: _Batches) -> grain.DatasetIterator:
+    """Made in the background, a few ahead: a batch takes memory on the devices."""
+    dataset = grain.MapDataset.source(batches)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(options))  # pyright: ignore[reportReturnType]
+
+
+def train_batches(rows: grain.MapDataset, batch_size: int, seed: int, sharding: NamedSharding) -> grain.DatasetIterator:
+    """Batches without end, reshuffled every epoch; `get_state` and `set_state` give and take the position.
+
+    Args:
+        sharding: where rows lie (`hx.batch_sharding`); order and position are the same for any.
+    """
+    stream = rows.seed(seed).shuffle().repeat(None)
+    return _iterator(_Batches(stream, len(stream), batch_size, sharding))
+
+
+def eval_batches(
+    rows: grain.MapDataset, batch_size: int, sharding: NamedSharding, limit: int | None = None
+) -> grain.DatasetIterator:
     """Every row once, in order; the last batch is filled up with rows of weight 0."""
-    count = min(len(rows), limit or len(rows))
-    for start in range(0, count, batch_size):
-        batch: list[Any] = [rows[i] for i in range(start, min(start + batch_size, count))]
-        batch += [{key: np.zeros_like(value) for key, value in batch[0].items()}] * (batch_size - len(batch))
-        yield {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+    return _iterator(_Batches(rows, min(len(rows), limit or len(rows)), batch_size, sharding))

@@ -9,6 +9,7 @@ A run is evaluated with the prompt template it was trained with.
 import functools
 import json
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 import hadamax as hx
 from hadamax.generate import generate
-from train import cli, data
+from train import cli, data, processes
 from train.config import DataConfig, EvaluateConfig, ModelConfig, parse
 from train.data import Record
 from train.metrics import write_text
+from train.processes import check_rows, mesh_of
 from train.progress import show
 from train.run import Base, apply_of, load_base, load_run
 
@@ -59,9 +63,9 @@ RULES: dict[str, Callable[[str, str], bool]] = {"exact": exact, "last_number": l
 
 
 @functools.cache
-def _decode_with(model: Any, injection: hx.Injection) -> Callable[..., Any]:
-    """One function for each model and injection, since `generate` compiles anew for a new one."""
-    apply = injection.apply(model.apply)
+def _decode_with(model: Any, injection: hx.Injection, leaves: tuple[Any, ...], structure: Any) -> Callable[..., Any]:
+    """One function for each model, injection and placement, since `generate` compiles anew for a new one."""
+    apply = injection.apply(model.apply, jax.tree.unflatten(structure, leaves))
     return lambda pair, *args, **kwargs: apply(*pair, *args, **kwargs)
 
 
@@ -80,6 +84,7 @@ def accuracy(
 
     Args:
         base: the model; `base.params` are used as they are.
+        batch_size: records of a batch; its rows are shared out over the mesh.
         injection: applies `adapters` inside each layer; None uses the parameters alone.
         answer: a name of `RULES`.
 
@@ -91,10 +96,11 @@ def accuracy(
     prompts = [[token for ids, _ in pieces[:-1] for token in ids] for pieces in tokenized]
     references = [tokenizer.decode(pieces[-1][0], skip_special_tokens=True) for pieces in tokenized]
     length = max(map(len, prompts))
-    params, apply = base.params, None
+    params, apply, sharding = base.params, None, hx.batch_sharding(base.mesh)
     if injection is not None:
         model: Any = base.model  # hashable, though its dataclass does not say so
-        params, apply = (base.params, adapters), _decode_with(model, injection)
+        leaves, structure = jax.tree.flatten(hx.param_shardings(base.params, base.mesh))
+        params, apply = (base.params, adapters), _decode_with(model, injection, tuple(leaves), structure)
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -105,14 +111,15 @@ def accuracy(
         new = generate(
             base.model,
             params,
-            jnp.asarray(ids),
-            jnp.asarray(mask),
+            jax.make_array_from_callback(ids.shape, sharding, ids.__getitem__),
+            jax.make_array_from_callback(ids.shape, sharding, mask.__getitem__),
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.eos_token_id,
             apply=apply,
         )
-        texts += tokenizer.batch_decode(np.asarray(new)[:real], skip_special_tokens=True)
+        new = multihost_utils.process_allgather(new, tiled=True)
+        texts += tokenizer.batch_decode(new[:real], skip_special_tokens=True)
     return Answers(texts, [RULES[answer](text, ref) for text, ref in zip(texts, references, strict=True)])
 
 
@@ -120,14 +127,19 @@ def mean_loss(
     base: Base, records: Sequence[Record], config: DataConfig, *, injection=None, adapters=None, batch_size: int = 32
 ) -> float:
     """Mean loss over the records' response tokens (all tokens with `response_only` off)."""
-    apply = apply_of(base.model, injection)
-    step = jax.jit(lambda params, adapters, batch: jnp.stack(apply(params, adapters, **batch, method="loss")))
+    apply, sharding = apply_of(base, injection), hx.batch_sharding(base.mesh)
+
+    def loss(params, adapters, batch):
+        return jnp.stack(apply(params, adapters, **batch, method="loss"))
+
+    step = jax.jit(loss, out_shardings=NamedSharding(base.mesh, PartitionSpec()))
     rows = data.rows(data.encode(records, base.tokenizer, config).examples, config)
-    sums = jnp.zeros(2)
-    for batch in data.eval_batches(rows, batch_size):
-        sums += step(base.params, adapters, batch)
-    total, tokens = map(float, sums)
-    return total / tokens
+    # One after the other, as in finetune.py.
+    sums = [
+        jax.device_get(step(base.params, adapters, batch)) for batch in data.eval_batches(rows, batch_size, sharding)
+    ]
+    total, tokens = np.sum(sums, axis=0)
+    return float(total / tokens)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -136,10 +148,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         HadamaxError: a run, model or data file that cannot be used.
     """
+    mesh = mesh_of(config.mesh)
+    check_rows(mesh, "batch_size", config.batch_size)
     records = data.read_records(config.data)[: config.limit]
     injection = adapters = None
     if config.run is not None:
-        run = load_run(config.run, config.base, config.dtype, config.step)
+        run = load_run(config.run, config.base, config.dtype, config.step, mesh)
         base, settings = run.base, run.config.data
         params = hx.join(run.trainable["base"], base.params)
         injection, adapters = run.injection, run.trainable["adapters"]
@@ -147,7 +161,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             params, injection, adapters = injection.merge(params, adapters), None, None
         base = base._replace(params=params)
     else:
-        base, settings = load_base(ModelConfig(str(config.model), config.dtype)), DataConfig(config.data)
+        base = load_base(ModelConfig(str(config.model), config.dtype), mesh)
+        settings = DataConfig(config.data)
     settings = DataConfig(
         config.data,
         max_length=config.max_length or settings.max_length,
@@ -166,7 +181,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             **common,
         )
         result |= {"correct": sum(answers.correct), "accuracy": answers.accuracy}
-        if config.out is not None:
+        if config.out is not None and processes.is_first():
             lines = [
                 json.dumps({**record.fields, "generated": text, "correct": correct}) + "\n"
                 for record, text, correct in zip(records, answers.texts, answers.correct, strict=True)
@@ -178,6 +193,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.evaluate --help`."""
     config = parse(EvaluateConfig, argv, "train.evaluate")
+    processes.join(config.mesh)
+    if jax.distributed.is_initialized():  # JAX has taken SIGTERM, for programs that have something to save
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     show(evaluate(config), f"{config.run or config.model} on {config.data}")
 
 

@@ -8,6 +8,7 @@ The merged directory has the tokenizer's files too: transformers loads it as it 
 loses is reported for each matrix, and so is what a conversion to LoRA loses.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ import hadamax as hx
 from hadamax import hf
 from hadamax.files import check_new
 from hadamax.hf import families
-from train import cli
-from train.config import ExportConfig, parse
+from train import cli, processes
+from train.config import ExportConfig, UsageError, parse
 from train.merging import bound, merge_loss, requantizing_loss
+from train.processes import mesh_of
 from train.run import Run, load_run
 
 CONVERSIONS = {"loha": hx.convert.to_loha, "hira": hx.convert.to_hira, "boha": hx.convert.to_boha}
@@ -121,8 +123,13 @@ def report(title: str, column: str, values: Mapping[str, float]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.export --help`."""
     config = parse(ExportConfig, argv, "train.export")
+    if processes.found(os.environ) is not None and config.mesh.distributed == "auto":
+        raise UsageError(
+            "export runs in one process; start it on one machine with --mesh.distributed never (on one host of a TPU"
+            " slice with JAX_PLATFORMS=cpu, too)"
+        )
     check_new(config.out)  # before the work
-    run = load_run(config.run, config.base, step=config.step)
+    run = load_run(config.run, config.base, step=config.step, mesh=mesh_of(config.mesh))
     if config.adapter is None:
         losses, total = export_merged(config, run)
         report("share of the update lost by rounding", "merge loss", {**losses, "all": total})

@@ -56,7 +56,8 @@ def learning_rates(trainable: Mapping[str, Any], adapters: Mapping[str, Mapping[
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The share of the peak learning rate at each step: linear warm-up, then constant, linear or cosine down to 0.
+    """The share of the peak learning rate at each step: linear warm-up, then constant, or down to `min_lr_ratio`
+    linearly, as a cosine, or linearly in the last `decay` of the steps (wsd: Hu et al. 2024, arXiv 2404.06395).
 
     Example:
         >>> share = schedule(OptimConfig(schedule="linear", warmup=0.2), 10)
@@ -64,11 +65,12 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     warmup = round(config.warmup * steps)
-    rest = max(1, steps - warmup)
+    rest, fall, end = max(1, steps - warmup), max(1, round(config.decay * steps)), config.min_lr_ratio
     decay = {
         "constant": optax.constant_schedule(1.0),
-        "linear": optax.linear_schedule(1.0, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(1.0, rest),
+        "linear": optax.linear_schedule(1.0, end, rest),
+        "cosine": optax.cosine_decay_schedule(1.0, rest, alpha=end),
+        "wsd": optax.linear_schedule(1.0, end, fall, transition_begin=max(0, rest - fall)),
     }[config.schedule]
     if not warmup:
         return decay

@@ -21,6 +21,7 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import hadamax as hx
 from hadamax.hf import families, save_pretrained
 from hadamax.models import Decoder
 from train import data, evaluate, tasks
@@ -92,7 +93,8 @@ def batches(tokenizer: Any, seed: int) -> Iterator[data.Batch]:
         config = DataConfig(train="", max_length=LENGTH, packing=True, response_only=answers_only)
         chosen = [record for record in records if bool(record.fields["input"]) == answers_only]
         examples += data.encode(chosen, tokenizer, config).examples
-    return data.train_batches(data.rows(examples, config), BATCH, seed)
+    here = hx.batch_sharding(hx.make_mesh(devices=jax.devices()[:1]))
+    return data.train_batches(data.rows(examples, config), BATCH, seed, here)
 
 
 def accuracy(directory: str, seed: int, count: int = 200) -> dict[str, float]:

@@ -46,6 +46,7 @@ class Progress:
 
 def _text(values: Mapping[str, float]) -> str:
     forms = {"loss": "loss {:.4f}", "eval_loss": "eval {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
+    forms |= {"mfu": "MFU {:.1%}"} | ({"skipped_steps": "{} skipped"} if values.get("skipped_steps") else {})
     return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
 
 
@@ -66,7 +67,7 @@ def shown(name: str, value: Any) -> str:
     """
     if value is None:
         return "-"
-    if name.endswith(("share", "accuracy")):
+    if name.endswith(("share", "accuracy", "mfu")):
         return f"{100 * value:.4g}%"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"

@@ -14,9 +14,10 @@ T = TypeVar("T")
 # What changes no parameter. A base that has moved is the same base: its weights are compared.
 FREE = {
     "model.base",
-    *(f"run.{name}" for name in ("out", "eval_every", "eval_rows", "save_every", "keep", "log_every")),
+    *(f"run.{name}" for name in ("out", "eval_every", "eval_rows", "save_every", "keep", "log_every", "resume")),
+    *(f"run.{name}" for name in ("patience", "profile", "compilation_cache")),
+    "optim.max_skips",
 }
-FREE |= {"run.resume"}
 
 
 def resume(checkpoints: Checkpoints, state: Any, batches: Any, meta: dict[str, Any], wanted: bool) -> tuple[int, Any]:
@@ -55,7 +56,8 @@ def resume(checkpoints: Checkpoints, state: Any, batches: Any, meta: dict[str, A
     for damaged in steps[steps.index(step) + 1 :]:
         checkpoints.set_aside(damaged)
     for section, values in meta["config"].items():
-        for name, value in values.items() if section != "adapter" else ():
+        # adapters were compared; another mesh changes no more than the order of sums
+        for name, value in values.items() if section not in ("adapter", "mesh") else ():
             before = old["config"].get(section, {}).get(name)
             if f"{section}.{name}" not in FREE and before != value:
                 changed = f"{section}.{name} was {before!r}, now {value!r}"

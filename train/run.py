@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import hadamax as hx
 from hadamax import hf
@@ -18,12 +19,13 @@ from train.resume import check_base, identity, newest
 
 
 class Base(NamedTuple):
-    """A model with its frozen parameters and its tokenizer."""
+    """A model with its frozen parameters, placed on a mesh, and its tokenizer."""
 
     model: Decoder
     params: Any
     config: DecoderConfig
     tokenizer: Any
+    mesh: Mesh
 
 
 class Run(NamedTuple):
@@ -36,16 +38,20 @@ class Run(NamedTuple):
     step: int
 
 
-def load_base(config: ModelConfig) -> Base:
+def load_base(config: ModelConfig, mesh: Mesh | None = None) -> Base:
     """The model, its parameters and its tokenizer.
+
+    Args:
+        mesh: for the parameters, of which each process reads what its devices hold; the first device where None.
 
     Raises:
         CheckpointError: a directory that is not there or damaged, or that has no tokenizer with an end token.
     """
     from transformers import AutoTokenizer  # slow to import
 
+    mesh = hx.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     model, params, decoder = hf.load_pretrained(
-        config.base, dtype=config.dtype, task="causal_lm", quantize=config.quantize
+        config.base, dtype=config.dtype, mesh=mesh, task="causal_lm", quantize=config.quantize
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.base)
@@ -56,7 +62,7 @@ def load_base(config: ModelConfig) -> Base:
         raise hx.CheckpointError(f"the tokenizer of {config.base} has no eos_token; the model could not learn to stop")
     if len(tokenizer) > decoder.vocab_size:
         raise hx.CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, the model only {decoder.vocab_size}")
-    return Base(model.clone(remat=config.remat), params, decoder, tokenizer)
+    return Base(model.clone(remat=config.remat), params, decoder, tokenizer, mesh)
 
 
 def injection_of(config: AdapterConfig, view: str | None) -> hx.Injection | None:
@@ -99,12 +105,12 @@ def _rule(pattern: str, rule: dict[str, Any]) -> Any:
         raise hx.ConfigError(f"adapter.rules, pattern {pattern!r}: {error}") from None
 
 
-def apply_of(model: Decoder, injection: hx.Injection | None) -> Callable[..., Any]:
-    """`(params, adapters, ...) -> model.apply(adapted params, ...)`."""
+def apply_of(base: Base, injection: hx.Injection | None) -> Callable[..., Any]:
+    """`(params, adapters, ...) -> model.apply(adapted params, ...)`, for parameters placed as the base's are."""
     if injection is None:
-        apply = hx.lazily(model.apply)
+        apply = hx.lazily(base.model.apply)
         return lambda params, adapters, *args, **kwargs: apply(params, *args, **kwargs)
-    return injection.apply(model.apply)
+    return injection.apply(base.model.apply, hx.param_shardings(base.params, base.mesh))
 
 
 def initial_trainable(
@@ -122,8 +128,19 @@ def initial_trainable(
     }
 
 
+def trainable_shardings(base: Base, injection: hx.Injection | None, train_base: list[str]) -> dict[str, Any]:
+    """Where `initial_trainable`'s leaves lie: factors as the kernels they belong to, base leaves where they were."""
+    placed = hx.param_shardings(base.params, base.mesh)
+    adapters = {} if injection is None else injection.shardings(base.params, placed)
+    return {"adapters": adapters, "base": hx.split(placed, train_base)[0]}
+
+
 def load_run(
-    directory: str | Path, base: str | None = None, dtype: Any = None, step: Literal["last", "best"] | int = "last"
+    directory: str | Path,
+    base: str | None = None,
+    dtype: Any = None,
+    step: Literal["last", "best"] | int = "last",
+    mesh: Mesh | None = None,
 ) -> Run:
     """A checkpoint of a run, on its base.
 
@@ -133,6 +150,7 @@ def load_run(
         dtype: of the base, in place of the run's.
         step: `"last"`, the newest; where that one is damaged, the one before it, which is said. `"best"`, of those
             saved at an evaluation the one of the lowest held-out loss. Or a step.
+        mesh: as for `load_base`; any, whatever the run had.
 
     Raises:
         CheckpointError: no run, no such checkpoint, a damaged one.
@@ -146,10 +164,12 @@ def load_run(
         meta = checkpoints.json(step, "meta")
         config = from_dict(meta["config"])
         model = config.model
-        loaded = load(ModelConfig(base or model.base, dtype or model.dtype, quantize=model.quantize))
+        loaded = load(ModelConfig(base or model.base, dtype or model.dtype, quantize=model.quantize), mesh)
         injection = None if meta["injection"] is None else hx.from_config(meta["injection"])
-        key = jax.random.key(0)
-        like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, config.adapter.train_base), loaded.params)
+        key, train_base = jax.random.key(0), config.adapter.train_base
+        like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, train_base), loaded.params)
+        at = trainable_shardings(loaded, injection, train_base)
+        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, at)
         return meta, Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
 
     with Checkpoints(Path(directory) / "checkpoints", create=False) as checkpoints:

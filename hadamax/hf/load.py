@@ -252,7 +252,7 @@ def _read_leaf(
         return _put(stored, part)
     leaf = jnp.zeros(shape, dtype, device=sharding)
     for tensor, stored in tensors:
-        parts = 1 if sharding is not None else math.ceil(stored.nbytes / _PART) or 1
+        parts = math.ceil(stored.nbytes / _PART) or 1 if _on_one_device(part) else 1
         rows = math.ceil(stored.shape[0] / parts)
         for row in range(0, stored.shape[0], rows):
             # no name for the piece, and a wait: it is done with before the next is read
@@ -285,14 +285,14 @@ def _read_quantized(
 
 
 def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(None)) -> jax.Array:
-    """The tensor on its devices, or some rows of it on the default device."""
+    """The tensor on its devices, or some rows of it on one device."""
 
     def read(index: Any) -> np.ndarray:
         value = stored.read(index)
         return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)  # float64 may be disabled
 
-    if sharding is None:
-        return jax.device_put(read((rows,)))
+    if _on_one_device(sharding):
+        return jax.device_put(read((rows,)), sharding)
     parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
 
     def once(index: Any) -> np.ndarray:
@@ -300,6 +300,10 @@ def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(Non
         return parts[bounds] if bounds in parts else parts.setdefault(bounds, read(index))
 
     return jax.make_array_from_callback(stored.shape, sharding, once)
+
+
+def _on_one_device(sharding: NamedSharding | None) -> bool:
+    return sharding is None or sharding.num_devices == 1
 
 
 def _sharding_in_file(sharding: NamedSharding, tensor: Tensor, ndim: int) -> NamedSharding:

@@ -99,6 +99,7 @@ def configure(base_dir, records_file):
             "adapter": {"method": "hira", "rank": 2, "targets": ["q_proj", "down_proj"]},
             "optim": {"warmup": 0.0},
             "run": {"out": str(out), "steps": 4, "batch_size": 4, "eval_every": 0, "save_every": 0},
+            "mesh": {"devices": 1},
         }
         if "rules" in sections.get("adapter", {}):
             del values["adapter"]["rank"]

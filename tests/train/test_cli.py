@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train import cli, evaluate, export, finetune, metrics
-from train.finetune import make_steps
+from train.step import make_steps
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def run(base_dir, records_file, tmp_path, capsys):
         small = ["--model.base", str(base_dir), "--data.train", str(records_file), "--data.max_length", "24"]
         small += ["--adapter.method", "hira", "--adapter.rank", "2", "--adapter.targets", "[q_proj]"]
         small += ["--run.out", str(tmp_path / "run"), "--run.steps", "2", "--run.batch_size", "4"]
+        small += ["--mesh.devices", "1"]
         code = cli.run(main, [*small, *argv] if main is finetune.main else list(argv))
         err = capsys.readouterr().err
         assert err.count("\n") <= 1
@@ -154,10 +155,9 @@ def test_a_loss_that_is_not_a_number(run, monkeypatch):
         train, evaluate = make_steps(*args)
 
         def bad(state, frozen, batch):
-            state, values = train(state, frozen, batch)
-            return state, {**values, "loss": jnp.nan * values["loss"]}
+            return train(state, frozen, batch | {"weights": jnp.nan * batch["weights"]})
 
-        return bad, evaluate
+        return jax.jit(bad), evaluate
 
     monkeypatch.setattr(finetune, "make_steps", poisoned)
     code, err = run()
@@ -225,6 +225,8 @@ def process(base_dir, records_file, tmp_path):
             tmp_path / "run",
             "--run.batch_size",
             "4",
+            "--mesh.devices",
+            "1",
         ]
         root = Path(__file__).parents[2]
         command = [sys.executable, "-m", "train.finetune", *map(str, small), *argv]

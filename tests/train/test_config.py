@@ -47,6 +47,12 @@ def test_a_configuration_survives_json():
         (["--run.save_every", "-1"], "run.save_every: -1 is not 0 or more"),
         (["--run.batch_size", "6", "--run.grad_accum", "4"], "run.grad_accum 4 does not divide run.batch_size 6"),
         (["--optim.optimizer", "lion"], "optim.lr: give one for lion"),
+        (["--optim.spike", "0.5"], "optim.spike: 0.5 is not 0 or above 1"),
+        (["--optim.max_skips", "-1"], "optim.max_skips: -1 is not 0 or more"),
+        (["--optim.schedule", "wsd", "--optim.decay", "0.99"], "optim.decay: 0.99 is not above 0 and within 1"),
+        (["--optim.schedule", "constant", "--optim.min_lr_ratio", "0.1"], "a constant schedule does not fall"),
+        (["--run.patience", "3", "--run.eval_every", "0"], "run.patience: nothing to wait for; give run.eval_every"),
+        (["--run.profile", "[5, 3]"], "run.profile: .*5, 3.* is not a first and a last step, from 1 on"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )

@@ -2,16 +2,19 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hadamax as hx
 from hadamax.errors import DataError
 from train import data
 from train.config import DataConfig
 from train.data import Example, Record
 
+ONE = hx.batch_sharding(hx.make_mesh(devices=jax.devices()[:1]))
 SUM = {"question": "1 + 2?", "answer": "3"}
 
 
@@ -139,32 +142,32 @@ def first_ids(batch):
 
 def test_every_epoch_has_all_rows_in_another_order():
     rows = data.rows(examples(12), DataConfig("", max_length=4))
-    batches = data.train_batches(rows, 4, seed=0)
+    batches = data.train_batches(rows, 4, 0, ONE)
     epochs = [[i for _ in range(3) for i in first_ids(next(batches))] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert epochs[0] != epochs[1] != list(range(12))
-    again = data.train_batches(rows, 4, seed=0)
+    again = data.train_batches(rows, 4, 0, ONE)
     assert [i for _ in range(3) for i in first_ids(next(again))] == epochs[0]
 
 
 def test_the_position_continues_after_json():
     rows = data.rows(examples(10), DataConfig("", max_length=4))
-    batches = data.train_batches(rows, 4, seed=0)
+    batches = data.train_batches(rows, 4, 0, ONE)
     for _ in range(4):
         next(batches)
     state = json.loads(json.dumps(batches.get_state()))
     expected = [first_ids(next(batches)) for _ in range(5)]
-    fresh = data.train_batches(rows, 4, seed=0)
+    fresh = data.train_batches(rows, 4, 0, ONE)
     fresh.set_state(state)
     assert [first_ids(next(fresh)) for _ in range(5)] == expected
 
 
 def test_evaluation_sees_each_row_once_in_full_batches():
     rows = data.rows(examples(5), DataConfig("", max_length=4, packing=False))
-    batches = list(data.eval_batches(rows, 4))
+    batches = list(data.eval_batches(rows, 4, ONE))
     assert [batch["weights"].sum() for batch in batches] == [8, 2]
     assert {batch["input_ids"].shape for batch in batches} == {(4, 4)}
-    assert len(list(data.eval_batches(rows, 4, limit=4))) == 1
+    assert len(list(data.eval_batches(rows, 4, ONE, limit=4))) == 1
 
 
 def test_packed_rows_have_segments_and_others_no_mask():

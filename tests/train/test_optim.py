@@ -35,14 +35,23 @@ def test_each_adapter_takes_its_methods_rate_and_second_factors_the_ratio():
     assert set(jax.tree.leaves(given["adapters"])) == {0.5}
 
 
-@pytest.mark.parametrize("name, end", [("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)])
-def test_schedules_rise_to_one_and_end_where_they_should(name, end):
-    share = schedule(OptimConfig(schedule=name, warmup=0.1), 100)
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_schedules_rise_to_one_and_end_where_they_should(name, floor):
+    end = 1.0 if name == "constant" else floor
+    share = schedule(OptimConfig(schedule=name, warmup=0.1, min_lr_ratio=floor), 100)
     values = np.array([share(step) for step in range(101)])
     assert np.all(np.diff(values[:10]) > 0)
     np.testing.assert_allclose(values[9:11], 1.0, rtol=1e-6)
     assert values[100] == pytest.approx(end, abs=1e-6)
     assert np.all(np.diff(values[10:]) <= 1e-6)
+
+
+def test_wsd_is_constant_until_the_last_steps_and_then_falls_linearly():
+    share = schedule(OptimConfig(schedule="wsd", warmup=0.1, decay=0.25, min_lr_ratio=0.2), 100)
+    values = [float(share(step)) for step in range(101)]
+    np.testing.assert_allclose(values[10:76], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(values[75:]), -0.8 / 25, rtol=1e-4)
 
 
 def test_the_chain_is_adamw_with_a_rate_per_leaf_and_decay_of_the_base_alone():

@@ -6,8 +6,17 @@ import pytest
 
 import hadamax as hx
 from hadamax import hf, paths, quant
-from train import cli, demo, evaluate, export, tasks
-from train.config import Config, DataConfig, EvaluateConfig, ModelConfig, OptimConfig, RunConfig
+from train import cli, demo, evaluate, export, metrics, tasks
+from train.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 from train.finetune import finetune, main
 from train.merging import merge, requantizing_loss
 from train.run import load_run
@@ -25,7 +34,9 @@ def test_training_on_a_quantised_base_gains_what_it_gains_on_the_base(tmp_path):
             ModelConfig(str(demo.BASE), quantize=kind),
             DataConfig(str(train), eval=str(test), max_length=32),
         )
-        summary = finetune(Config(model, settings, demo.METHODS["hira"], OptimConfig(), run)).summary
+        summary = finetune(
+            Config(model, settings, demo.METHODS["hira"], OptimConfig(), run, MeshConfig(devices=1))
+        ).summary
         losses[kind] = (summary["eval_loss_first"], summary["eval_loss_last"])
     (first, last), gained = losses[None], losses[None][0] - losses[None][1]
     assert gained > 0.5 * first
@@ -81,3 +92,21 @@ def test_a_block_that_does_not_fit_the_model_is_one_line(base_dir, records_file,
     error = capsys.readouterr().err
     assert error.startswith("error: quantize: block 64 does not divide in = ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_losses_on_a_quantised_base_on_a_mesh_are_those_of_one_device(tmp_path, kind):
+    records, _ = tasks.write(tmp_path / "data", n_train=64, n_test=1)
+    losses = []
+    for name, mesh in (("one", MeshConfig(devices=1)), ("mesh", MeshConfig(fsdp=4, tensor=2))):
+        run = RunConfig(str(tmp_path / name), steps=4, batch_size=8, eval_every=2, save_every=0, log_every=1)
+        rules = {"{q,down}_proj": {"method": "hira", "rank": 4}, "up_proj": {"method": "lora", "rank": 4}}
+        settings = DataConfig(str(records), eval_fraction=0.125, max_length=32)
+        model, adapter = ModelConfig(str(demo.BASE), quantize=kind), AdapterConfig(rules=rules)
+        result = finetune(Config(model, settings, adapter, OptimConfig(warmup=0.0), run, mesh))
+        kernel = paths.leaves(result.base.params)["layers/mlp/down_proj/kernel"].array.qvalue
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) == (1 if name == "one" else 8)
+        lines = metrics.read(tmp_path / name / "metrics.jsonl")
+        losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
+    assert len(losses[0]) == 7 and losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -206,6 +206,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_the_earlier_che
         "adapter.method": "lora",
         "run.out": out,
         "run.batch_size": 4,
+        "mesh.devices": 1,
         "run.save_every": 2,
         "run.keep": 1,
     }
