@@ -252,7 +252,8 @@ def _read_leaf(
         return _put(stored, part)
     leaf = jnp.zeros(shape, dtype, device=sharding)
     for tensor, stored in tensors:
-        parts = math.ceil(stored.nbytes / _PART) or 1 if _on_one_device(part) else 1
+        spread = part is not None and part.num_devices > 1
+        parts = 1 if spread else math.ceil(stored.nbytes / _PART) or 1
         rows = math.ceil(stored.shape[0] / parts)
         for row in range(0, stored.shape[0], rows):
             # no name for the piece, and a wait: it is done with before the next is read
@@ -291,7 +292,7 @@ def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(Non
         value = stored.read(index)
         return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)  # float64 may be disabled
 
-    if _on_one_device(sharding):
+    if sharding is None or sharding.num_devices == 1:
         return jax.device_put(read((rows,)), sharding)
     parts: dict[Any, np.ndarray] = {}  # devices that hold the same part share one read
 
@@ -300,10 +301,6 @@ def _put(stored: Stored, sharding: NamedSharding | None, rows: slice = slice(Non
         return parts[bounds] if bounds in parts else parts.setdefault(bounds, read(index))
 
     return jax.make_array_from_callback(stored.shape, sharding, once)
-
-
-def _on_one_device(sharding: NamedSharding | None) -> bool:
-    return sharding is None or sharding.num_devices == 1
 
 
 def _sharding_in_file(sharding: NamedSharding, tensor: Tensor, ndim: int) -> NamedSharding:
