@@ -1,4 +1,4 @@
-"""Memory, FLOPs and communication of training steps, compiled ahead of time for TPUs (no TPU, but its compiler: pip install '.[tpu]').
+"""Memory, FLOPs and communication of training steps, compiled ahead of time for TPUs (no TPU: pip install '.[tpu]').
 
     python -m benchmarks.aot              # the plan; rows that results/aot.json holds already are not compiled again
     python -m benchmarks.aot --quick      # a small model cut to two layers, a few rows, results not kept
