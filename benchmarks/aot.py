@@ -1,4 +1,4 @@
-"""Memory, FLOPs and communication of training steps, compiled ahead of time for TPUs (no TPU: pip install libtpu).
+"""Memory, FLOPs and communication of training steps, compiled ahead of time for TPUs (no TPU: pip install '.[tpu]').
 
     python -m benchmarks.aot              # the plan; rows that results/aot.json holds already are not compiled again
     python -m benchmarks.aot --quick      # a small model cut to two layers, a few rows, results not kept
@@ -35,6 +35,10 @@ ENVIRONMENT = {  # read when jax and libtpu are loaded
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+
+# Every transfer a collective with a name: left to itself, the compiler turns some gathers and reductions into rings of
+# permutes beside a product, of which nobody can say what they are.
+OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def plan() -> list[Any]:
@@ -139,7 +143,7 @@ def measure(case: Any) -> dict[str, Any]:
     program = lowered(case, devices)
     start = time.monotonic()
     try:
-        compiled = program.compile()
+        compiled = program.compile(compiler_options=OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -52,12 +52,17 @@ def collectives(program: str | Program) -> list[Collective]:
         32
     """
     program = parse(program) if isinstance(program, str) else program
-    found = []
+    found: dict[str, Collective] = {}
     for computation, instruction, times in program.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            found.append(_collective(kind, computation, instruction, times))
-    return found
+            # The TPU compiler spreads a gather over the fusions that it overlaps with, also over those of a loop that
+            # it began before: a channel is one gather, which runs as often as the least of its parts.
+            channel = instruction.attribute("channel_id") if kind == "all-gather" else None
+            one, key = _collective(kind, computation, instruction, times), channel or instruction.name
+            if key not in found or times < found[key].runs:
+                found[key] = one
+    return list(found.values())
 
 
 def totals(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
@@ -126,8 +131,9 @@ def _collective(kind: str, computation: Computation, instruction: Instruction, t
         result = instruction.type
         moved = shapes(result[1] if instruction.opcode.endswith("-start") else result)
     elif computation.name.startswith("all-reduce-scatter"):
-        # the TPU compiler's reduce-scatter: a fusion that pads, reduces, and keeps its own slice
-        kind, moved = "reduce-scatter", shapes(computation.parameter(0).type)
+        # the TPU compiler's reduce-scatter: a fusion that pads, reduces, and keeps its own slices
+        inputs = [one for one in computation.instructions.values() if one.opcode == "parameter"]
+        kind, moved = "reduce-scatter", [shape for one in inputs for shape in shapes(one.type)]
     return Collective(kind, tuple(moved), times, _groups(instruction), instruction.op_name, instruction.name)
 
 

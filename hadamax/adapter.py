@@ -35,9 +35,9 @@ class Adapter(NamedTuple):
         config: name and hyper-parameters as JSON values: `{"method": "hira", "rank": 8, ...}`.
         rows: `(Factors, select) -> Factors`, the factors of a selection of the kernel's input rows, where `select`
             maps `[in, ...]` to `[rows, ...]`; None for methods whose rows do not decouple. Embeddings use it.
-        merges: `(in, out) -> bool`, whether `dot` merges a kernel of that size, so that a dense `[in, out]` gradient
-            stands between the activations' and the factors': on a mesh it must not be summed over devices before it is
-            contracted. None for methods that never merge.
+        merges: whether a gradient larger than the factors' own stands between the activations' and theirs in `dot`: the
+            dense one of a merged kernel, or that of Khatri-Rao products. On a mesh it must be contracted before it is
+            summed over devices.
 
     Example:
         >>> import jax, jax.numpy as jnp, hadamax as hx
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
     dot: Callable[[Factors, Linear, jax.Array], jax.Array]
     config: Config
     rows: Callable[[Factors, Callable[[jax.Array], jax.Array]], Factors] | None = None
-    merges: Callable[[int, int], bool] | None = None
+    merges: bool = False
 
     def __hash__(self) -> int:
         return hash((self.init, self.merge, self.dot))

@@ -4,7 +4,7 @@ import jax
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.errors import ConfigError
-from hadamax.methods.merging import always, merged_dot, widened
+from hadamax.methods.merging import merged_dot, widened
 from hadamax.methods.products import check_number
 
 
@@ -20,7 +20,7 @@ def _composed(method: str, adapters: tuple[Adapter, ...], merge) -> Adapter:
         return tuple(adapter.rows(f, select) for adapter, f in zip(adapters, factors, strict=True) if adapter.rows)
 
     config = {"method": method, "adapters": [dict(adapter.config) for adapter in adapters]}
-    return Adapter(init, merge, merged_dot(merge), config, rows if all(a.rows for a in adapters) else None, always)
+    return Adapter(init, merge, merged_dot(merge), config, rows if all(a.rows for a in adapters) else None, merges=True)
 
 
 def _plus(linear: Linear, scale: float, new: Linear, base: Linear) -> Linear:
@@ -119,4 +119,4 @@ def scaled(adapter: Adapter, scale: float) -> Adapter:
         return _plus(linear, scale, adapter.merge(factors, linear), linear)
 
     config = {"method": "scaled", "adapter": dict(adapter.config), "scale": scale}
-    return Adapter(adapter.init, merge, merged_dot(merge), config, adapter.rows, always)
+    return Adapter(adapter.init, merge, merged_dot(merge), config, adapter.rows, merges=True)

@@ -17,6 +17,7 @@ from hadamax.config import adapter_from_config
 from hadamax.errors import ConfigError, HadamaxError, MergeError, NotAMatrixError, ViewError, nearest
 from hadamax.lazy import lazily
 from hadamax.quantized import dequantized, is_quantized
+from hadamax.sharding import check_axes
 from hadamax.shards import Placement
 from hadamax.summary import Row, Summary
 from hadamax.targets import Rule, Target
@@ -116,7 +117,8 @@ class Injection(NamedTuple):
         """
         leaves, spots = paths.leaves(params), _spots(placed)
         return {
-            path: stacks.factor_shardings(leaves, target, spots[path]) for path, target in self.targets(params).items()
+            path: stacks.factor_shardings(leaves, target, _spot(spots, path))
+            for path, target in self.targets(params).items()
         }
 
     def bind(self, params: Any, adapters: Mapping[str, Factors], placed: Any = None) -> Any:
@@ -126,7 +128,8 @@ class Injection(NamedTuple):
             placed: as for `apply`.
 
         Raises:
-            ConfigError: the adapters were made for other kernels.
+            ConfigError: the adapters were made for other kernels; `placed` lacks a kernel, holds something other than
+                `NamedSharding`s, or is of a mesh with other axes than `data`, `fsdp` and `tensor`.
         """
         leaves, selected = paths.leaves(params), self.checked(params, adapters)
         spots = {} if placed is None else _spots(placed)
@@ -145,8 +148,8 @@ class Injection(NamedTuple):
             bias = None if target.bias is None else views.canonical(leaves[target.bias], target.bias_axes)
             kernel = leaf.array if is_quantized(leaf) else jnp.asarray(leaf)
             static: dict[str, Any] = {"adapter": target.adapter, "axes": target.axes, "path": path}
-            if path in spots:
-                static["placement"] = _placement(spots[path], target.axes)
+            if placed is not None:
+                static["placement"] = _placement(_spot(spots, path), target.axes)
             return LazyWeight(kernel, bias, factors, active, **static)
 
         return paths.map_leaves(lazy, params)
@@ -276,9 +279,19 @@ class Injection(NamedTuple):
 
 
 def _spots(placed: Any) -> dict[str, NamedSharding]:
-    """Where each kernel lies; a quantised one as its codes."""
-    spots = paths.leaves(placed)
-    return {path: spot.array.qvalue if is_quantized(spot) else spot for path, spot in spots.items()}
+    """Where each parameter lies; a quantised one as its codes."""
+    spots = {path: s.array.qvalue if is_quantized(s) else s for path, s in paths.leaves(placed).items()}
+    for path, spot in spots.items():
+        if not isinstance(spot, NamedSharding):
+            raise ConfigError(f"{path}: placed must be a tree of NamedShardings, found {type(spot).__name__}")
+        check_axes(spot.mesh)
+    return spots
+
+
+def _spot(spots: Mapping[str, NamedSharding], path: str) -> NamedSharding:
+    if path not in spots:
+        raise ConfigError(f"{path}: placed does not say where it lies{nearest(path, spots)}")
+    return spots[path]
 
 
 def _placement(placed: NamedSharding, axes: views.Axes) -> Placement:

@@ -210,7 +210,7 @@ def _gather(params, w, indices):
 
 def _constraint(params, w):
     """A constraint is on W0, too: where it is gathered, it is gathered once."""
-    return w.replace(kernel=p.sharding_constraint_p.bind(w.kernel, **params))
+    return w if is_qarray(w.kernel) else w.replace(kernel=p.sharding_constraint_p.bind(w.kernel, **params))
 
 
 _RULES: dict[core.Primitive, Callable] = {

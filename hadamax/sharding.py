@@ -99,6 +99,12 @@ def fitting(mesh: Mesh | AbstractMesh, axes: Sequence[Any], shape: Sequence[int]
     return PartitionSpec(*(axis if fits(axis, n) else None for axis, n in zip(axes, shape, strict=True)))
 
 
+def check_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Raise ConfigError where a mesh has an axis that is none of ours."""
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; known: {', '.join(AXES)}")
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """The tree with a `NamedSharding` in place of each array.
 
@@ -118,8 +124,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         >>> param_shardings({"layers/mlp/up_proj/kernel": kernel}, mesh)["layers/mlp/up_proj/kernel"].spec
         P(None, 'fsdp', 'tensor')
     """
-    if unknown := [name for name in mesh.axis_names if name not in AXES]:
-        raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; known: {', '.join(AXES)}")
+    check_axes(mesh)
 
     def sharding(path: str, leaf: Any) -> Any:
         if is_quantized(leaf):

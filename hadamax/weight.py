@@ -185,7 +185,7 @@ def matmul(
             return _dequantized_dot(w, one, x)
         return _dot(w.adapter, one, x)
 
-    if w.placement is not None and w.placement.splits(rows) and (role == "o" or _merges(w)):
+    if w.placement is not None and w.placement.splits(rows) and (role == "o" or w.adapter.merges):
         dot = by_shard(dot, w.placement, role)
 
     for _ in loose:
@@ -206,11 +206,6 @@ def matmul(
 
 def _dot(adapter: Adapter, one: dict[str, Any], x: jax.Array) -> jax.Array:
     return adapter.dot(one["factors"], Linear(dequantized(one["kernel"]), one["bias"]), x)
-
-
-def _merges(w: LazyWeight) -> bool:
-    n_in, n_out = (math.prod(views.sizes(w.shape, w.axes, views.of_role(w.axes, role))) for role in "io")
-    return w.adapter.merges is not None and w.adapter.merges(n_in, n_out)
 
 
 def _dequantized_dot(w: LazyWeight, one: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -73,6 +73,15 @@ def test_bytes_and_counts_of_a_program_are_those_that_a_hand_counts():
     }
 
 
+def test_one_channel_is_one_gather_however_many_fusions_it_is_spread_over():
+    start = next(line for line in HAND.splitlines() if "%gather" in line)
+    part = start.replace("%gather", "%part").replace("replica_groups", "channel_id=7, replica_groups")
+    spread = HAND.replace(start, f"{start.replace('replica_groups', 'channel_id=7, replica_groups')}\n{part}")
+    assert totals(collectives(spread)) == totals(collectives(HAND))
+    begun = spread.replace("  %first =", part.replace("%part", "%begun").replace("%w", "%a") + "\n  %first =")
+    assert totals(collectives(begun))["all-gather"]["count"] == 1  # begun before the loop that goes on with it
+
+
 def test_the_mesh_axes_that_a_collective_crosses_are_read_from_its_groups():
     axes = {one.kind: one.axes(MESH) for one in collectives(HAND)}
     assert axes == {

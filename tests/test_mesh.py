@@ -98,13 +98,14 @@ def test_factors_lie_as_the_axes_of_their_kernel(name):
         assert len(split) >= len([n for n in factor.shape[1:] if n in (NARROW, WIDE)])
 
 
-MERGED = {
-    "hira": hx.hira(4),
-    "boha": hx.boha(4, 2),
-    "abba": hx.abba(4, forward="merged"),
-    "loha": hx.loha(2, forward="merged"),
-    "hilora": hx.add(hx.hira(2), hx.lora(2)),
+MERGED = {  # of LoRA's budget at rank 8
+    "hira": hx.hira(8),
+    "boha": hx.boha(8, 2),
+    "abba": hx.abba(8, forward="merged"),
+    "loha": hx.loha(4, forward="merged"),
+    "hilora": hx.add(hx.hira(4), hx.lora(4)),
 }
+KHATRI_RAO = {"abba-khatri-rao": hx.abba(8, forward="khatri_rao")}
 # sizes that no activation has, not even flattened or split
 BIG = {"narrow": 320, "wide": 448, "rows": 8}
 
@@ -124,10 +125,10 @@ def sent(adapter, axes, told=True, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("axes", [MESHES["fsdp 8"], MESHES["fsdp 4, tensor 2"]], ids=str)
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", MERGED | KHATRI_RAO)
 def test_no_dense_gradient_crosses_the_mesh_and_kernels_are_gathered_no_oftener_than_by_lora(name, axes):
-    kernels, size = sent(MERGED[name], axes)
-    plain, least = sent(hx.lora(4), axes)
+    kernels, size = sent((MERGED | KHATRI_RAO)[name], axes)
+    plain, least = sent(hx.lora(8), axes)
     assert not kernels.reductions and not kernels.stacked
     assert size <= 1.5 * least
     gathered = [sum(one.bytes for one in each.gathers) for each in (kernels, plain)]
@@ -138,6 +139,12 @@ def test_no_dense_gradient_crosses_the_mesh_and_kernels_are_gathered_no_oftener_
 def test_the_search_finds_the_dense_gradient_where_the_injection_is_not_told(name):
     kernels, _ = sent(MERGED[name], MESHES["fsdp 8"], told=False)
     assert kernels.reductions
+
+
+def test_so_it_does_with_the_gradients_of_khatri_rao_products():
+    _, told = sent(KHATRI_RAO["abba-khatri-rao"], MESHES["fsdp 8"])
+    _, untold = sent(KHATRI_RAO["abba-khatri-rao"], MESHES["fsdp 8"], told=False)
+    assert untold > 1.5 * told
 
 
 def test_rows_that_do_not_divide_are_computed_all_the_same(x64):
@@ -203,3 +210,17 @@ def test_sizes_of_a_mesh_that_do_not_make_the_devices_are_refused_with_the_numbe
         hx.make_mesh(fsdp=0)
     assert dict(hx.make_mesh(tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     assert np.array_equal(hx.make_mesh(fsdp=4, devices=jax.devices()[:4]).devices.ravel(), jax.devices()[:4])
+
+
+def test_a_tree_of_places_that_does_not_fit_is_refused_in_one_line():
+    params, _ = arrays(jnp.float32)
+    injection = hx.inject({"*_proj": hx.hira(4)}, view="bio")
+    adapters = injection.init(jax.random.key(1), params)
+    placed = hx.param_shardings(params, hx.make_mesh(fsdp=8))
+    with pytest.raises(hx.ConfigError, match="layers/up_proj/kernel: placed does not say where it lies"):
+        injection.bind(params, adapters, {"layers": {"down_proj": placed["layers"]["down_proj"]}})
+    with pytest.raises(hx.ConfigError, match="placed must be a tree of NamedShardings, found ArrayImpl"):
+        injection.bind(params, adapters, params)
+    foreign = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(hx.ConfigError, match="mesh axis 'model' is unknown"):
+        injection.shardings(params, jax.tree.map(lambda _: NamedSharding(foreign, PartitionSpec()), params))

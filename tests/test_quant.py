@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 import hadamax as hx
 from hadamax import hf
@@ -23,8 +24,6 @@ from tests.test_methods import perturbed
 from train import tasks
 from train.config import ModelConfig
 from train.run import load_base
-
-qwix = pytest.importorskip("qwix")
 
 BASE = Path(__file__).parents[1] / "train" / "assets" / "base"
 IN, OUT = 32, 24

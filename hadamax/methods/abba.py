@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
 from hadamax.errors import ConfigError
-from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_merges, pair_rows
+from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_rows
 from hadamax.methods.products import check_number, check_positive, check_rank, kaiming_uniform, on_last, wide
 
 Init = Literal["auto", "exact", "randomized", "kaiming"]
@@ -115,5 +115,4 @@ def abba(
         return {"a1": a1, "b1": b1, "a2": a2, "b2": jnp.zeros((r2, n_out), dtype)}
 
     config = {"method": "abba", "r1": r1, "r2": r2, "alpha": alpha, "scale": scale, "forward": forward, "init": init}
-    merges = pair_merges(r1, r2, forward)
-    return Adapter(make, pair_merge(s), pair_dot(s, merges), config, pair_rows, merges)
+    return Adapter(make, pair_merge(s), pair_dot(s, forward), config, pair_rows, merges=True)

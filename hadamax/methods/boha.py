@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
-from hadamax.methods.merging import always, merged_dot, rounded_once
+from hadamax.methods.merging import merged_dot, rounded_once
 from hadamax.methods.products import blockwise, check_blocks, check_grid, check_number, kaiming_uniform, wide
 
 
@@ -55,4 +55,4 @@ def boha(rank: int, blocks: int, *, scale: float = 1.0) -> Adapter:
 
     merge = rounded_once(new_kernel)
     config = {"method": "boha", "rank": rank, "blocks": blocks, "scale": scale}
-    return Adapter(block_init("boha", rank, blocks), merge, merged_dot(merge), config, merges=always)
+    return Adapter(block_init("boha", rank, blocks), merge, merged_dot(merge), config, merges=True)

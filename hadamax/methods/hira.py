@@ -11,7 +11,7 @@ layer, 3 matmul units. The factor W0, about 0.02 in size, makes the step in weig
 
 from hadamax.adapter import Adapter
 from hadamax.methods.lora import low_rank_init, low_rank_rows
-from hadamax.methods.merging import always, merged_dot, rounded_once
+from hadamax.methods.merging import merged_dot, rounded_once
 from hadamax.methods.products import check_number, check_positive
 
 
@@ -39,4 +39,4 @@ def hira(rank: int, *, scale: float = 1.0) -> Adapter:
 
     merge = rounded_once(new_kernel)
     config = {"method": "hira", "rank": rank, "scale": scale}
-    return Adapter(low_rank_init("hira", rank), merge, merged_dot(merge), config, low_rank_rows, always)
+    return Adapter(low_rank_init("hira", rank), merge, merged_dot(merge), config, low_rank_rows, merges=True)

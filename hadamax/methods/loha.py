@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hadamax.adapter import Adapter, Linear
-from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_merges, pair_rows
+from hadamax.methods.pairs import Forward, check_choice, pair_dot, pair_merge, pair_rows
 from hadamax.methods.products import check_number, check_positive, check_rank, kaiming_uniform, wide
 
 
@@ -50,5 +50,4 @@ def loha(rank: int, *, alpha: float | None = None, forward: Forward = "auto") ->
         }
 
     config = {"method": "loha", "rank": rank, "alpha": alpha, "forward": forward}
-    merges = pair_merges(rank, rank, forward)
-    return Adapter(init, pair_merge(scale), pair_dot(scale, merges), config, pair_rows, merges)
+    return Adapter(init, pair_merge(scale), pair_dot(scale, forward), config, pair_rows, merges=True)

@@ -25,11 +25,6 @@ def rounded_once(new_kernel: Callable[[Factors, jax.Array], jax.Array]) -> Merge
     return merge
 
 
-def always(n_in: int, n_out: int) -> bool:
-    """`Adapter.merges` of a method whose `dot` is a `merged_dot`."""
-    return True
-
-
 def merged_dot(merge: Merge) -> Callable[[Factors, Linear, jax.Array], jax.Array]:
     """A `dot` that merges, multiplies, and forgets the merged weight.
 

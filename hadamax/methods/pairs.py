@@ -47,17 +47,8 @@ def pair_merge(scale: float):
     return rounded_once(lambda f, kernel: kernel + scale * (f["a1"] @ f["b1"]) * (f["a2"] @ f["b2"]))
 
 
-def pair_merges(r1: int, r2: int, forward: Forward):
-    """`merges` of the class: the cost model, or as `forward` says."""
-
-    def merges(n_in: int, n_out: int) -> bool:
-        return forward == "merged" or (forward == "auto" and not prefers_khatri_rao(r1, r2, n_in, n_out))
-
-    return merges
-
-
-def pair_dot(scale: float, merges):
-    """`dot` of the class."""
+def pair_dot(scale: float, forward: Forward):
+    """`dot` of the class by the cost model, or as `forward` says."""
     merged = merged_dot(pair_merge(scale))
 
     # only matmul results are kept for the backward pass: the r1 r2 (in + out) products are recomputed
@@ -68,7 +59,8 @@ def pair_dot(scale: float, merges):
         return scale * ((x @ a) @ b)
 
     def dot(f: Factors, linear: Linear, x: jax.Array) -> jax.Array:
-        if merges(*linear.kernel.shape):
+        r1, r2 = f["a1"].shape[1], f["a2"].shape[1]
+        if forward == "merged" or (forward == "auto" and not prefers_khatri_rao(r1, r2, *linear.kernel.shape)):
             return merged(f, linear, x)
         return x @ linear.kernel.astype(x.dtype) + update(f, x)
 

@@ -21,8 +21,6 @@ from train.finetune import finetune, main
 from train.merging import merge, requantizing_loss
 from train.run import load_run
 
-pytest.importorskip("qwix")
-
 
 def test_training_on_a_quantised_base_gains_what_it_gains_on_the_base(tmp_path):
     """The final held-out loss is within 5 % of the gain; 0.6 % (int8) and 1.6 % (nf4) when this was written."""
