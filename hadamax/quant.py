@@ -4,7 +4,7 @@
     nf4     one scale for each block of 64 along `in`, absmax (QLoRA, arXiv:2305.14314); 4.25 bits a weight in bfloat16
 
 Codes are chosen in at least float32; a scale has the dtype of the kernel. What is left of a kernel is its codes and
-scales: adapters are trained and merged on the dequantised kernel, which is never whole in memory during training.
+scales: adapters are trained and merged on the dequantised kernel, one layer's at a time.
 """
 
 import functools
@@ -64,9 +64,11 @@ def quantize(
         (8,)
     """
     chosen = selected(params, dtype, patterns=patterns, exclude=exclude, view=view, block=block)
-    return paths.map_leaves(
-        lambda path, leaf: one(leaf, chosen[path], dtype, block) if path in chosen else leaf, params
-    )
+
+    def quantized(path: str, leaf: Any) -> Any:
+        return quantize_kernel(leaf, chosen[path], dtype, block) if path in chosen else leaf
+
+    return paths.map_leaves(quantized, params)
 
 
 def selected(
@@ -106,7 +108,7 @@ def selected(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def one(kernel: jax.Array, axes: views.Axes, dtype: str, block: int | None = None) -> QuantizedWeight:
+def quantize_kernel(kernel: jax.Array, axes: views.Axes, dtype: str, block: int | None = None) -> QuantizedWeight:
     """One kernel, quantised matrix by matrix where a batch axis comes first."""
     qwix, block = _qwix(), BLOCKS[dtype] if block is None else block
     stacked = axes[0][0] == "b"
@@ -176,7 +178,7 @@ def _error(before: Any, after: QuantizedWeight) -> jax.Array:
     return jnp.sqrt(lost / jnp.where(norm > 0, norm, 1))
 
 
-def kinds(params: Any) -> Mapping[str, str]:
+def qtypes(params: Any) -> Mapping[str, str]:
     """How each quantised kernel is stored: "int8", "nf4"."""
     return {path: leaf.array.qtype for path, leaf in paths.leaves(params).items() if is_quantized(leaf)}
 

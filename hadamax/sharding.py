@@ -100,9 +100,11 @@ def fitting(mesh: Mesh | AbstractMesh, axes: Sequence[Any], shape: Sequence[int]
 
 
 def check_axes(mesh: Mesh | AbstractMesh) -> None:
-    """Raise ConfigError where a mesh has an axis that is none of ours."""
+    """Raise ConfigError where a mesh has an axis that is none of ours, or one that the compiler may not use."""
     if unknown := [name for name in mesh.axis_names if name not in AXES]:
         raise ConfigError(f"mesh axis {unknown[0]!r} is unknown; known: {', '.join(AXES)}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ConfigError(f"mesh axes must be of AxisType.Auto, found {mesh.axis_types}; take hx.make_mesh")
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:

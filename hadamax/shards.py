@@ -76,40 +76,34 @@ def by_shard(dot: Callable[..., jax.Array], placement: Placement, role: str) -> 
     mesh, split = placement.mesh, batch_axes(placement.mesh)
     taken, given = placement.gathered if role == "i" else placement.gathered[::-1]
 
-    def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    def lay(x: jax.Array, *axes: Any) -> jax.Array:
         return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def copied(factor: jax.Array, dtype: Any) -> jax.Array:
         copies: Any = _copies(factor, placement.shards, dtype)
-        return constrain(copies, split, *[PartitionSpec.UNCONSTRAINED] * factor.ndim)
+        return lay(copies, split, *[PartitionSpec.UNCONSTRAINED] * factor.ndim)
 
     @jax.checkpoint
-    def by_shard(one: dict[str, Any], x: jax.Array) -> jax.Array:
+    def each(one: dict[str, Any], x: jax.Array) -> jax.Array:
         one = {**one, "kernel": gathered(one["kernel"], placement)}
         factors = jax.tree.map(lambda factor: copied(factor, x.dtype), one["factors"])
         rows, inner = x.shape[:-1], [None] * (x.ndim - 1)
         x = x.reshape(placement.shards, rows[0] // placement.shards, *x.shape[1:])
-        x = constrain(x, split, *inner, taken)
+        x = lay(x, split, *inner, taken)
         y = jax.vmap(lambda factors, x: dot({**one, "factors": factors}, x))(factors, x)
-        return constrain(y, split, *inner, given).reshape(*rows, -1)
+        return lay(y, split, *inner, given).reshape(*rows, -1)
 
-    return by_shard
+    return each
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _copies(factor: jax.Array, count: int, dtype: Any) -> jax.Array:
     """`count` copies, whose gradients are summed in `dtype`: they cross the mesh as LoRA's do, in the activations'."""
     return jnp.broadcast_to(factor[None], (count, *factor.shape))
 
 
-def _copies_forward(factor: jax.Array, count: int, dtype: Any) -> tuple[jax.Array, None]:
-    return _copies(factor, count, dtype), None
-
-
-def _copies_backward(count: int, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    narrow = gradient.astype(dtype)
-    summed = lax.reduce(narrow, jnp.zeros((), narrow.dtype), lax.add, (0,))
-    return (summed.astype(gradient.dtype),)
-
-
-_copies.defvjp(_copies_forward, _copies_backward)
+@_copies.defjvp
+def _copies_jvp(count: int, dtype: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
+    (factor,), (tangent,) = primals, tangents
+    narrow = jnp.broadcast_to(tangent.astype(dtype)[None], (count, *tangent.shape))  # its transpose sums in `dtype`
+    return _copies(factor, count, dtype), narrow.astype(tangent.dtype)

@@ -63,11 +63,11 @@ def gradient_program(injection, params, adapters, x, mesh, told=True):
 
     whole = NamedSharding(mesh, PartitionSpec())
     program = jax.jit(jax.value_and_grad(loss), out_shardings=(whole, lie))
-    return program, (jax.device_put(adapters, lie), jax.device_put(params, placed), jax.device_put(x, batch(mesh)))
-
-
-def batch(mesh):
-    return hx.batch_sharding(mesh)
+    return program, (
+        jax.device_put(adapters, lie),
+        jax.device_put(params, placed),
+        jax.device_put(x, hx.batch_sharding(mesh)),
+    )
 
 
 @every_mesh
@@ -157,6 +157,21 @@ def test_rows_that_do_not_divide_are_computed_all_the_same(x64):
     chex.assert_trees_all_close(y, injection.apply(model)(params, adapters, x), rtol=1e-12)
 
 
+def test_forward_mode_on_a_mesh_is_that_of_one_device(x64):
+    params, x = arrays(jnp.float64)
+    injection = hx.inject({"*_proj": hx.hira(4)}, view="bio")
+    adapters = perturbed(injection.init(jax.random.key(1), params))
+    placed = hx.param_shardings(params, hx.make_mesh(fsdp=4, tensor=2))
+
+    def curvature(params, placed):  # forward over reverse: a Hessian times a vector
+        apply = injection.apply(model, placed)
+        gradient = jax.grad(lambda adapters: jnp.sin(apply(params, adapters, x)).sum())
+        return jax.jit(lambda adapters: jax.jvp(gradient, (adapters,), (adapters,)))(adapters)
+
+    found = curvature(jax.device_put(params, placed), placed)
+    chex.assert_trees_all_close(found, curvature(params, None), rtol=1e-9, atol=1e-10)
+
+
 def test_many_adapters_over_one_base_on_a_mesh(x64):
     params, x = arrays(jnp.float64)
     injection = hx.inject({"up_proj": hx.hira(4), "down_proj": hx.abba(4, forward="merged")}, view="bio")
@@ -221,6 +236,9 @@ def test_a_tree_of_places_that_does_not_fit_is_refused_in_one_line():
         injection.bind(params, adapters, {"layers": {"down_proj": placed["layers"]["down_proj"]}})
     with pytest.raises(hx.ConfigError, match="placed must be a tree of NamedShardings, found ArrayImpl"):
         injection.bind(params, adapters, params)
+    explicit = {"w": {"kernel": NamedSharding(jax.make_mesh((8,), ("fsdp",)), PartitionSpec("fsdp"))}}
+    with pytest.raises(hx.ConfigError, match="must be of AxisType.Auto"):
+        hx.inject({"w": hx.hira(1)}).shardings({"w": {"kernel": jnp.ones((8, 8))}}, explicit)
     foreign = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(hx.ConfigError, match="mesh axis 'model' is unknown"):
         injection.shardings(params, jax.tree.map(lambda _: NamedSharding(foreign, PartitionSpec()), params))

@@ -1,6 +1,7 @@
 """What the programs share: a user's mistake is one line on stderr and an exit code, never a traceback."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -44,6 +45,11 @@ def run(program: Callable[[Sequence[str] | None], object], argv: Sequence[str] |
     except OSError as error:
         return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1 and re.search(
+            r"Gloo|Connection|heartbeat|DEADLINE_EXCEEDED|UNAVAILABLE", str(error)
+        ):
+            lost = " ".join(str(error).split())[:160]
+            return _fail(f"lost another process; the same command continues from the last checkpoint ({lost})")
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail("out of device memory; lower run.batch_size or raise run.grad_accum, or set model.remat to full")

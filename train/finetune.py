@@ -174,7 +174,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                 if eval_now:
                     best = best.after(step, eval_loss := evaluate_and_log())
                 finished = step == steps or best.exhausted(run.patience)
-                if save_now or finished:
+                new_best = eval_now and best.step == step and run.patience is not None  # else it could be lost
+                if save_now or finished or new_best:
                     meta["best"], position = best, batches.get_state()
                     checkpoints.save(step, state.trainable, state.optimizer, data=position, meta=meta, loss=eval_loss)
                     saved = step

@@ -78,14 +78,14 @@ def merge_loss(run: Run, dtype: Any = None) -> tuple[dict[str, float], float]:
 
 def requantizing_loss(run: Run) -> float:
     """What quantising the merged kernels as the base is would lose of their updates: `||Q(W) - W|| / ||W - W0||`."""
-    kinds, base = quant.kinds(run.base.params), parameters(run.base.params)
+    kinds, base = quant.qtypes(run.base.params), parameters(run.base.params)
     leaves, merged = paths.leaves(run.base.params), parameters(bound(run, jnp.float32))
     lost = update = 0.0
     for path in (path for path in run.trainable["adapters"] if path in kinds):
         axes, w0, w = leaves[path].axes, base[path], merged[path]
         for i in range(w0.shape[0]) if axes[0] == "b0" else [None]:
             matrix = w.matrix(i, False, jnp.float32)
-            again = quant.one(matrix, axes if i is None else axes[1:], kinds[path])
+            again = quant.quantize_kernel(matrix, axes if i is None else axes[1:], kinds[path])
             sums = _squares(w0.matrix(i, False, jnp.float32), matrix, dequantized(again))
             lost, update = lost + float(sums[0]), update + float(sums[1])
     return _ratio(lost, update)

@@ -82,7 +82,8 @@ def make_steps(
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
         total, _ = jax.lax.scan(accumulate, zero, micro_batches)
         # Divided once by the tokens of all micro-batches: the mean over tokens, however they are spread.
-        tokens = jnp.maximum(batch["weights"].sum(), 1)
+        tokens = batch["weights"].sum()
+        tokens = jnp.where(tokens > 0, tokens, 1)
         nll, grads = jax.tree.map(lambda x: x / tokens.astype(x.dtype), total)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable, value=nll)
         trainable = optax.apply_updates(state.trainable, updates)

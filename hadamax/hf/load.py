@@ -275,13 +275,13 @@ def _read_quantized(
     if dtype is None:
         dtype = jnp.result_type(*(DTYPES[stored.dtype] for _, stored in tensors))
     if axes[0][0] != "b":
-        return quant.one(_read_leaf(shape, tensors, dtype, sharding), axes, kind)
+        return quant.quantize_kernel(_read_leaf(shape, tensors, dtype, sharding), axes, kind)
     if sharding is not None:
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     layers = []
     for tensor, stored in sorted(tensors, key=lambda pair: pair[0].layer or 0):
         matrix = _read_leaf(shape[1:], [(tensor._replace(layer=None), stored)], dtype, sharding)
-        layers.append(jax.block_until_ready(quant.one(matrix, axes[1:], kind).array))
+        layers.append(jax.block_until_ready(quant.quantize_kernel(matrix, axes[1:], kind).array))
     return QuantizedWeight(jax.tree.map(lambda *parts: jnp.stack(parts), *layers), axes)
 
 

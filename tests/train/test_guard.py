@@ -53,8 +53,7 @@ def test_optax_tells_the_leaves_of_its_state_that_belong_to_parameters_from_coun
     marked = optax.tree.map_params(
         optimizer, lambda _: "param", optimizer.init(PARAMS), transform_non_params=lambda _: "other"
     )
-    kinds = {"other"} | ({"param"} & set(jax.tree.leaves(marked.inner)))
-    assert kinds == {"other", "param"}
+    assert "param" in jax.tree.leaves(marked.inner)
     assert set(jax.tree.leaves(marked._replace(inner=None))) == {"other"}
 
 

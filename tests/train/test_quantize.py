@@ -54,7 +54,7 @@ def trained(configure, tmp_path_factory):
 def test_the_run_is_read_back_with_its_base_quantised_alike(trained, records_file):
     result, out = trained
     run = load_run(out)
-    kinds = quant.kinds(run.base.params)
+    kinds = quant.qtypes(run.base.params)
     assert set(kinds.values()) == {"int8"} and len(kinds) == 7
     for a, b in zip(paths.leaves(run.base.params).values(), paths.leaves(result.base.params).values(), strict=True):
         np.testing.assert_array_equal(*(hx.dequantize({"w": leaf})["w"] for leaf in (a, b)))
@@ -79,7 +79,7 @@ def test_the_export_says_that_the_base_was_quantised_and_what_quantising_again_w
     lost = update = 0.0
     for path, leaf in kernels.items():
         w, w0 = paths.leaves(expected)[path], hx.dequantize({"w": leaf})["w"]
-        again = hx.dequantize({"w": quant.one(w, leaf.axes, "int8")})["w"]
+        again = hx.dequantize({"w": quant.quantize_kernel(w, leaf.axes, "int8")})["w"]
         lost, update = lost + np.sum(np.square(again - w)), update + np.sum(np.square(w - w0))
     np.testing.assert_allclose(requantizing_loss(run), np.sqrt(lost / update), rtol=1e-4)
 
