@@ -237,7 +237,7 @@ def test_a_tree_of_places_that_does_not_fit_is_refused_in_one_line():
     with pytest.raises(hx.ConfigError, match="placed must be a tree of NamedShardings, found ArrayImpl"):
         injection.bind(params, adapters, params)
     explicit = {"w": {"kernel": NamedSharding(jax.make_mesh((8,), ("fsdp",)), PartitionSpec("fsdp"))}}
-    with pytest.raises(hx.ConfigError, match="must be of AxisType.Auto"):
+    with pytest.raises(hx.ConfigError, match="must be of AxisType"):
         hx.inject({"w": hx.hira(1)}).shardings({"w": {"kernel": jnp.ones((8, 8))}}, explicit)
     foreign = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(hx.ConfigError, match="mesh axis 'model' is unknown"):
