@@ -14,7 +14,7 @@ from hadamax.sharding import fitting
 
 
 def qwix_lora(case: Any, model: Decoder, params: Any, mesh: Mesh):
-    """`(factors, base, loss)`, placed; what qwix does with factors of `case.factor_dtype` is its own."""
+    """`(apply, factors, base)`, placed; what qwix does with factors of `case.factor_dtype` is its own."""
     rule = qwix.LoraRule(module_path=".*_proj", rank=case.rank, alpha=case.rank)
     adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]), methods=("__call__", "loss"))
     ids = jax.ShapeDtypeStruct((case.batch, case.seq), jnp.int32)
@@ -46,9 +46,7 @@ def qwix_lora(case: Any, model: Decoder, params: Any, mesh: Mesh):
     trainable = {path: array(leaf, sharding(path, leaf.shape), dtype) for path, leaf in factors.items()}
     frozen = {path: array(leaf, placed[path]) for path, leaf in base.items()}
 
-    def loss(trainable, frozen, ids, targets, weights):
-        tree = traverse_util.unflatten_dict(frozen | trainable, sep="/")
-        total, count = adapted.apply(tree, ids, targets, weights, method="loss")
-        return total / count
+    def apply(base, factors, **batch):
+        return adapted.apply(traverse_util.unflatten_dict(base | factors, sep="/"), **batch)
 
-    return trainable, frozen, loss
+    return apply, trainable, frozen

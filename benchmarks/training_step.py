@@ -1,8 +1,8 @@
 """A whole training step at a model's published size, lowered for TPUs that are not there: only shapes exist.
 
-Gradient of the mean loss by what trains, clipping, AdamW, the update; state donated. The base is frozen and bfloat16
-(or quantised), factors and their moments are float32, each block is rematerialised. Full fine-tuning trains the
-bfloat16 parameters themselves, and optax keeps its moments in their dtype.
+It is the step that `train.finetune` runs (`train.step`), clipping and the guard included. The base is frozen and
+bfloat16 (or quantised), factors and their moments are float32, each block is rematerialised. Full fine-tuning trains
+the bfloat16 parameters themselves, and optax keeps its moments in their dtype.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 import hadamax as hx
 from benchmarks.shapes import SHAPES
 from hadamax.models import Decoder
+from train.guard import guard
+from train.step import State, make_steps, placement
 
 PROJECTIONS = "{q,k,v,o,gate,up,down}_proj"
 METHODS: dict[str, tuple[str, Callable[[int], hx.Adapter]] | None] = {  # the kernels adapted, and the adapter at a rank
@@ -63,40 +65,27 @@ class Case:
 
 
 def lowered(case: Case, devices: list[jax.Device]) -> jax.stages.Lowered:
-    """The step of a case, traced and ready to compile for these devices."""
+    """The step of a case as `train.finetune` makes it, traced and ready to compile for these devices."""
     data, fsdp, tensor = case.mesh
     mesh = hx.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
     model = Decoder(case.config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat=case.remat, mesh=mesh)
     batch = _batch(case, mesh)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch[0])
-    if case.method == "full":
-        trainable, frozen, loss = params, {}, functools.partial(_full_loss, model)
-        trainable = _placed(params, hx.param_shardings(params, mesh))
-    elif case.method == "qwix LoRA":
+    params = jax.eval_shape(model.init, jax.random.key(0), batch["input_ids"])
+    if case.method == "qwix LoRA":
         from benchmarks.qwix_lora import qwix_lora
 
-        trainable, frozen, loss = qwix_lora(case, model, params, mesh)
+        apply, adapters, params = qwix_lora(case, model, params, mesh)
+    elif case.method == "full":
+        apply, adapters, params = _full(model.apply), {}, _placed(params, hx.param_shardings(params, mesh))
     else:
-        trainable, frozen, loss = _adapter(case, model, params, mesh)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-
-    def step(state, frozen, batch):
-        trainable, moments = state
-        value, gradient = jax.value_and_grad(loss)(trainable, frozen, *batch)
-        updates, moments = tx.update(gradient, moments, trainable)
-        return (optax.apply_updates(trainable, updates), moments), value
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    moments = optax.tree.map_params(
-        tx,
-        lambda moment, leaf: _array(moment, leaf.sharding),
-        jax.eval_shape(tx.init, trainable),
-        trainable,
-        transform_non_params=lambda leaf: _array(leaf, whole),
-    )
-    state = (trainable, moments)
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), whole)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(state, frozen, batch)
+        apply, adapters, params = _adapted(case, model, params, mesh)
+    base, frozen = hx.split(params, ["**"] if case.method == "full" else [])
+    trainable = {"adapters": adapters, "base": base}
+    optimizer = guard(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4)))
+    shardings = placement(optimizer, trainable, frozen, mesh)
+    train, _ = make_steps(apply, optimizer, 1, shardings)
+    moments = _placed(jax.eval_shape(optimizer.init, trainable), shardings.state.optimizer)
+    return train.lower(State(trainable, moments), frozen, batch)
 
 
 def _array(leaf: Any, sharding: NamedSharding, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -107,20 +96,18 @@ def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(lambda leaf, sharding: _array(leaf, sharding, dtype), tree, shardings)
 
 
-def _batch(case: Case, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Ids, targets, weights."""
-    rows = hx.batch_sharding(mesh)
-    dtypes = (jnp.int32, jnp.int32, jnp.float32)
-    return tuple(jax.ShapeDtypeStruct((case.batch, case.seq), dtype, sharding=rows) for dtype in dtypes)
+def _batch(case: Case, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    rows, shape = hx.batch_sharding(mesh), (case.batch, case.seq)
+    dtypes = {"input_ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()}
 
 
-def _full_loss(model, params, frozen, ids, targets, weights):
-    total, count = model.apply(params, ids, targets, weights, method="loss")
-    return total / count
+def _full(apply: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, adapters, **batch: apply(params, **batch)
 
 
-def _adapter(case: Case, model: Decoder, params: Any, mesh: Mesh):
-    """`(factors, base, loss)`, placed."""
+def _adapted(case: Case, model: Decoder, params: Any, mesh: Mesh):
+    """`(apply, factors, base)`, placed."""
     entry = METHODS[case.method]
     assert entry is not None
     where, adapter = entry
@@ -129,13 +116,7 @@ def _adapter(case: Case, model: Decoder, params: Any, mesh: Mesh):
     params = quantised(params, case.base_dtype, model.view)
     placed = hx.param_shardings(params, mesh)
     adapters = _placed(adapters, injection.shardings(params, placed), jnp.dtype(case.factor_dtype))
-    apply = injection.apply(model.apply, placed)
-
-    def loss(adapters, params, ids, targets, weights):
-        total, count = apply(params, adapters, ids, targets, weights, method="loss")
-        return total / count
-
-    return adapters, _placed(params, placed), loss
+    return injection.apply(model.apply, placed), adapters, _placed(params, placed)
 
 
 def quantised(params: Any, dtype: str, view: str | None) -> Any:

@@ -98,6 +98,8 @@ def selected(
             raise ConfigError(f"{path} is quantised already: {leaves[path]!r}; quantise the original weights")
         if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
             raise NotAMatrixError(f"{path}: a kernel must be floating point, found {leaves[path].dtype}")
+        if 0 in shapes[path]:
+            raise NotAMatrixError(f"{path}: a kernel of shape {shapes[path]} has no weights to quantise")
         n = shapes[path][target.axes.index(views.of_role(target.axes, "i")[-1])]
         if size is not None and n % size:
             raise ConfigError(

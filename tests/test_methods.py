@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hadamax as hx
-from hadamax.methods import products
 from tests.cases import CASES, Case
 
 IN, OUT = 16, 24
@@ -348,14 +347,6 @@ def test_random_factors_are_uniform_within_torchs_bound(adapter, name, fan_in):
     bound = fan_in**-0.5
     assert 0.97 * bound < jnp.abs(draws).max() <= bound
     np.testing.assert_allclose(draws.std(), bound / 3**0.5, rtol=0.03)
-
-
-def test_blocks_of_a_high_rank_take_another_product_that_is_the_same(monkeypatch, x64):
-    linear, adapter = layer(0), hx.boha(8, 4)
-    factors = perturbed(adapter.init(jax.random.key(2), linear))
-    expected = adapter.merge(factors, linear)
-    monkeypatch.setattr(products, "_DEEP", 0)
-    chex.assert_trees_all_close(adapter.merge(factors, linear), expected, rtol=1e-13)
 
 
 def test_dora_leaves_a_zero_column_at_zero():

@@ -307,6 +307,7 @@ def test_an_export_of_a_quantised_base_is_its_dequantised_weights(tmp_path):
 
 
 PARAMS = {"up_proj": {"kernel": jnp.ones((96, 4)), "bias": jnp.ones(4)}, "ids": jnp.ones((64, 2), jnp.int32)}
+PARAMS["empty"] = jnp.ones((0, 4))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +319,7 @@ PARAMS = {"up_proj": {"kernel": jnp.ones((96, 4)), "bias": jnp.ones(4)}, "ids": 
         ({"dtype": "int8", "patterns": "up_prj"}, "pattern 'up_prj' matches no parameter; nearest: 'up_proj'"),
         ({"dtype": "int8", "patterns": ["up_proj/bias"]}, "which is no matrix"),
         ({"dtype": "int8", "patterns": ["ids"]}, "ids: a kernel must be floating point, found int32"),
+        ({"dtype": "int8", "patterns": ["empty"]}, r"empty: a kernel of shape \(0, 4\) has no weights to quantise"),
         ({"dtype": "int8", "exclude": "up_proj"}, "matches only excluded kernels"),
         ({"dtype": "int8", "view": "xy"}, "view 'xy' must name each axis"),
     ],

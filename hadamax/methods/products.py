@@ -32,28 +32,20 @@ def khatri_rao(b1: jax.Array, b2: jax.Array) -> jax.Array:
     return (b1[:, None, :] * b2[None, :, :]).reshape(-1, b1.shape[1])
 
 
-_DEEP = 128  # a matrix unit contracts so many at a time, and takes as long for fewer
-
-
 def blockwise(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix `[in, out]` whose block `(i, j)` is `a[i, j] @ b[i, j]`.
 
-    One product of factors that are zero outside of their blocks, where `blocks^2 r` is small: XLA fuses what is done
-    with the result, as it does for a low-rank product. Else one for each row of blocks.
+    One product for each row of blocks, its `b`s zero outside of their blocks: the result needs no transpose.
 
     Args:
         a: `[blocks, blocks, in / blocks, r]`.
         b: `[blocks, blocks, r, out / blocks]`.
     """
     blocks, _, n_in, rank = a.shape
-    eye = jnp.eye(blocks, dtype=a.dtype)
-    left = jnp.transpose(a, (0, 2, 1, 3))  # [i, in / blocks, j, r]
-    right = b[:, :, :, None, :] * eye.reshape(1, blocks, 1, blocks, 1)
-    if blocks * blocks * rank > _DEEP:
-        left, right = left.reshape(blocks, n_in, -1), right.reshape(blocks, blocks * rank, -1)
-        return (left @ right).reshape(blocks * n_in, -1)
-    left = left[:, :, None] * eye.reshape(blocks, 1, blocks, 1, 1)
-    return left.reshape(blocks * n_in, -1) @ right.reshape(blocks * blocks * rank, -1)
+    left = jnp.transpose(a, (0, 2, 1, 3)).reshape(blocks, n_in, -1)  # [i, in / blocks, j r]
+    apart = jnp.eye(blocks, dtype=a.dtype).reshape(1, blocks, 1, blocks, 1)
+    right = (b[:, :, :, None, :] * apart).reshape(blocks, blocks * rank, -1)  # [i, j r, out]
+    return (left @ right).reshape(blocks * n_in, -1)
 
 
 def check_positive(method: str, **values: int | None) -> None:
