@@ -104,7 +104,8 @@ class Checkpoints:
             loss: held-out loss at this step, where it was measured: the lowest one makes the best checkpoint.
 
         Raises:
-            CheckpointError: this or an earlier checkpoint could not be written: a full or read-only disk.
+            CheckpointError: this or an earlier checkpoint could not be written: a full or read-only disk; a tree with
+                two leaves of one path, or with random keys.
         """
         trees, documents = {"trainable": _flat(trainable), "state": _flat(state)}, {"data": data, "meta": meta}
         loss = loss if loss is not None and math.isfinite(loss) else None
@@ -142,7 +143,7 @@ class Checkpoints:
             like: arrays or `jax.ShapeDtypeStruct`; those without a sharding are placed on the first device.
 
         Raises:
-            CheckpointError: a tensor that is missing, unexpected or of another shape.
+            CheckpointError: a tensor that is missing, unexpected or of another shape; float64 without jax_enable_x64.
             DamagedError: an absent, cut off or changed file.
         """
         wanted, where = _flat(like), self.directory / str(step)
@@ -253,8 +254,15 @@ def _best(losses: dict[int, float], steps: Sequence[int]) -> int | None:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    flat: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path in flat:
+            raise CheckpointError(f"two leaves have the path {path!r}; a checkpoint tells leaves by their path")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise CheckpointError(f"{path!r} is {leaf.dtype}, no numbers; keep jax.random.key_data of it")
+        flat[path] = leaf
+    return flat
 
 
 def _crc(value: Any) -> str:
@@ -275,6 +283,9 @@ def _compare(where: Path, wanted: dict[str, Any], stored: dict[str, _Stored]) ->
         shape = tuple(tensor.shape)
         if path not in wanted:
             raise CheckpointError(f"checkpoint {where} has tensor {path!r} of shape {shape}, expected none")
+        if jax.dtypes.canonicalize_dtype(tensor.dtype) != jnp.dtype(tensor.dtype):
+            found = f"tensor {path!r} in checkpoint {where} is {tensor.dtype}"
+            raise CheckpointError(f"{found}; set jax_enable_x64 to read it")
         if shape != wanted[path].shape:
             shapes = f"expected shape {wanted[path].shape}, found {shape}"
             raise CheckpointError(f"tensor {path!r} in checkpoint {where}: {shapes}")

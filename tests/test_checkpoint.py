@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,6 +300,31 @@ def test_a_disk_that_refuses_is_one_clear_line(tmp_path, monkeypatch, error, rea
         with pytest.raises(CheckpointError, match=f"cannot write a checkpoint into {tmp_path}: {reason}"):
             checkpoints.save(1, TRAINABLE, STATE, data={}, meta={})
             checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, "two leaves have the path 'a/b'"),
+        ({"rng": jax.random.key(0)}, "'rng' is key<fry>, no numbers; keep jax.random.key_data of it"),
+    ],
+)
+def test_a_tree_that_cannot_be_kept_is_one_clear_line(tmp_path, tree, message):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.save(1, tree, {"count": jnp.ones(1)}, data={}, meta={})
+        assert checkpoints.steps() == []
+
+
+def test_float64_is_not_read_as_damage_where_it_is_off(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with jax.enable_x64(True):
+            tree = {"a": jnp.ones(3, jnp.float64)}
+            checkpoints.save(1, tree, tree, data={}, meta={})
+            checkpoints.wait()
+            chex.assert_trees_all_equal(checkpoints.arrays(1, "trainable", tree), tree)
+        with pytest.raises(CheckpointError, match=r"tensor .a. in .* is float64; set jax_enable_x64 to read it"):
+            checkpoints.arrays(1, "trainable", {"a": jnp.ones(3)})
 
 
 def test_documents_are_plain_json_files(tmp_path):

@@ -89,8 +89,11 @@ def cache(directory: str | Path) -> None:
     JAX's own defaults keep only what took a second to compile.
 
     Raises:
+        ConfigError: a file.
         OSError: the directory cannot be made.
     """
+    if Path(directory).is_file():
+        raise hx.ConfigError(f"run.compilation_cache: {directory} is a file; give a directory")
     Path(directory).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -23,9 +23,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 import hadamax as hx
 from hadamax.generate import generate
 from train import cli, data, processes
-from train.config import DataConfig, EvaluateConfig, ModelConfig, parse
+from train.config import DataConfig, EvaluateConfig, ModelConfig
 from train.data import Record
 from train.metrics import write_text
+from train.parsing import parse
 from train.processes import check_rows, mesh_of
 from train.progress import show
 from train.run import Base, apply_of, load_base, load_run
@@ -151,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     mesh = mesh_of(config.mesh)
     check_rows(mesh, "batch_size", config.batch_size)
     records = data.read_records(config.data)[: config.limit]
-    injection = adapters = None
+    run = injection = adapters = None
     if config.run is not None:
         run = load_run(config.run, config.base, config.dtype, config.step, mesh)
         base, settings = run.base, run.config.data
@@ -170,7 +171,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         response_only=settings.response_only,
     )
     common = {"injection": injection, "adapters": adapters, "batch_size": config.batch_size}
-    result: dict[str, Any] = {"records": len(records), "loss": mean_loss(base, records, settings, **common)}
+    result: dict[str, Any] = {} if run is None else {"step": run.step}
+    result |= {"records": len(records), "loss": mean_loss(base, records, settings, **common)}
     if config.max_new_tokens:
         answers = accuracy(
             base,

@@ -25,8 +25,9 @@ from hadamax import hf
 from hadamax.files import check_new
 from hadamax.hf import families
 from train import cli, processes
-from train.config import ExportConfig, UsageError, parse
+from train.config import ExportConfig, UsageError
 from train.merging import bound, merge_loss, requantizing_loss
+from train.parsing import parse
 from train.processes import mesh_of
 from train.run import Run, load_run
 
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{total:.0%} of the update is lost in this dtype; --dtype float32 keeps it")
     elif errors := export_adapter(config, run):
         report(f"share of the update lost by --as {config.as_}", "largest error", errors)
-    print(f"written: {config.out}")
+    print(f"written: {config.out}, from step {run.step} of {config.run}")
     if config.verify:
         difference, largest = largest_difference(config, run)
         print(f"verified: logits differ from the run's by at most {difference:.1e} (the largest is {largest:.1f})")

@@ -26,12 +26,21 @@ import hadamax as hx
 from hadamax import paths
 from hadamax.checkpoint import Checkpoints
 from train import cli, compiling, data, flops, guard, manifest, metrics, optim, processes
-from train.config import Config, parse
+from train.config import Config
+from train.parsing import parse
 from train.processes import Silent, check_rows, mesh_of
 from train.profiling import Profile
 from train.progress import Progress, show
 from train.resume import identity, resume
-from train.run import Base, apply_of, initial_trainable, injection_of, load_base, trainable_shardings
+from train.run import (
+    Base,
+    apply_of,
+    initial_trainable,
+    injection_of,
+    load_base,
+    trainable_shardings,
+    unplaced_apply_of,
+)
 from train.step import State, make_steps, placement
 from train.stopping import Best
 
@@ -63,8 +72,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         absolute = dataclasses.replace(config.model, base=str(Path(config.model.base).resolve()))
         config = dataclasses.replace(config, model=absolute)
     run, out = config.run, Path(config.run.out)
-    if out.exists() and not out.is_dir():
-        raise hx.ConfigError(f"run.out: {out} is a file; give a directory")
+    if not (there := next(path for path in (out, *out.absolute().parents) if path.exists())).is_dir():
+        raise hx.ConfigError(f"run.out: {there} is a file; give a directory")
     if run.compilation_cache is not None:
         compiling.cache(run.compilation_cache)
     injection_of(config.adapter, None)  # before the model is loaded: an unknown method or option
@@ -111,7 +120,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     shardings = placement(optimizer, trainable, frozen, mesh)
     train_step, eval_step = make_steps(apply_of(base, injection), optimizer, run.grad_accum, shardings)
     one_batch = next(data.eval_batches(train_rows, run.batch_size, shardings.batch, limit=1))  # for its shapes
-    meter = flops.meter(tokens_per_step, eval_step, trainable, frozen, one_batch)
+    meter = flops.meter(tokens_per_step, unplaced_apply_of(base, injection), trainable, frozen, one_batch)
     train_step = compiling.once("the training step", train_step)
     eval_step = compiling.once("the evaluation step", eval_step)
     state = State(trainable, jax.jit(optimizer.init, out_shardings=shardings.state.optimizer)(trainable))
@@ -165,7 +174,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                 fetched = jax.device_get(pending)
                 guard.check(fetched, step, config.optim.max_skips, saved, out)
                 elapsed = time.perf_counter() - clock
-                if step > start + 1:  # the first step compiles
+                if step > start + 1 and not profile.overlaps(step - len(fetched) + 1, step):  # the first step compiles
                     seconds, trained = seconds + elapsed, trained + len(fetched)
                 figures = guard.means(fetched) | meter.rates(len(fetched), elapsed)
                 log.log(step, **figures)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 
+import hadamax as hx
+
 # Dense bfloat16 FLOP/s of a device by the beginning of `device_kind`, the first that fits. TPUs: Google Cloud's page of
 # each version, peak per chip; a v7 chip is two devices. GPUs: NVIDIA's data sheets, half of the figure "with sparsity".
 PEAKS = {
@@ -92,7 +94,11 @@ def _equation(eqn: JaxprEqn, active: list[bool]) -> tuple[int, list[bool]]:
         terms = math.prod(left[axis] for axis in contracted)
         return 2 * terms * math.prod(out) * (1 + sum(active)), [any(active)]
     if name == "scan":
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        if "ft_in" in eqn.params:  # JAX 0.11: the grouping is a tree
+            groups = eqn.params["ft_in"].update(eqn.invars).unpack()
+            consts, carry = (len(list(group.vals)) for group in groups[:2])
+        else:
+            consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
         while True:  # a carry may become active on the way
             flops, outputs = _count(inner[0], active)
             carried = [a or b for a, b in zip(active[consts : consts + carry], outputs[:carry], strict=True)]
@@ -135,9 +141,13 @@ class Meter(NamedTuple):
         return figures | {"mfu": self.flops / (step * self.devices * self.peak)}
 
 
-def meter(tokens: float, loss: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) -> Meter:
-    """The meter of steps of this loss and batch, on the devices that hold the batch."""
+def meter(tokens: float, apply: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) -> Meter:
+    """The meter of steps on this batch, by the devices that hold it; `apply(params, adapters, **batch, method=)`."""
     devices = jax.tree.leaves(batch)[0].sharding.device_set
     best = peak(next(iter(devices)).device_kind)
+
+    def loss(trainable, frozen, batch):
+        return apply(hx.join(trainable["base"], frozen), trainable["adapters"], **batch, method="loss")
+
     count = None if best is None else training_flops(loss, trainable, frozen, batch)
     return Meter(tokens, count, len(devices), best)

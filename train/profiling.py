@@ -41,6 +41,15 @@ class Profile:
             self._stop()
         return result
 
+    def overlaps(self, first: int, last: int) -> bool:
+        """Whether a step from `first` to `last` is traced, which takes time of its own.
+
+        Example:
+            >>> [Profile(Path(), (3, 5)).overlaps(*steps) for steps in ((1, 2), (2, 3), (5, 9), (6, 9))]
+            [False, True, True, False]
+        """
+        return self.window is not None and first <= self.window[1] and self.window[0] <= last
+
     def _stop(self) -> None:
         self.tracing = False
         jax.profiler.stop_trace()

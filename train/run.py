@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 import hadamax as hx
 from hadamax import hf
-from hadamax.checkpoint import Checkpoints
+from hadamax.checkpoint import Checkpoints, DamagedError
 from hadamax.models import Decoder, DecoderConfig
-from train.config import AdapterConfig, Config, ModelConfig, from_dict
+from train.config import AdapterConfig, Config, ModelConfig
+from train.parsing import from_dict
 from train.resume import check_base, identity, newest
 
 
@@ -107,10 +108,19 @@ def _rule(pattern: str, rule: dict[str, Any]) -> Any:
 
 def apply_of(base: Base, injection: hx.Injection | None) -> Callable[..., Any]:
     """`(params, adapters, ...) -> model.apply(adapted params, ...)`, for parameters placed as the base's are."""
-    if injection is None:
-        apply = hx.lazily(base.model.apply)
-        return lambda params, adapters, *args, **kwargs: apply(params, *args, **kwargs)
-    return injection.apply(base.model.apply, hx.param_shardings(base.params, base.mesh))
+    return _adapted(base.model.apply, injection, hx.param_shardings(base.params, base.mesh))
+
+
+def unplaced_apply_of(base: Base, injection: hx.Injection | None) -> Callable[..., Any]:
+    """As `apply_of`, of a program that knows no mesh: each merge is in it once, not once for each shard."""
+    return _adapted(base.model.clone(mesh=None).apply, injection, None)
+
+
+def _adapted(apply: Callable[..., Any], injection: hx.Injection | None, placed: Any) -> Callable[..., Any]:
+    if injection is not None:
+        return injection.apply(apply, placed)
+    lazy = hx.lazily(apply)
+    return lambda params, adapters, *args, **kwargs: lazy(params, *args, **kwargs)
 
 
 def initial_trainable(
@@ -178,7 +188,11 @@ def load_run(
         if step == "last":
             _, (meta, run) = newest(checkpoints, read)
         elif (chosen := checkpoints.best() if step == "best" else step) in steps:
-            meta, run = read(chosen)
+            try:
+                meta, run = read(chosen)
+            except DamagedError as error:
+                others = ", ".join(str(there) for there in steps if there != chosen)
+                raise hx.CheckpointError(f"{error}; the other steps, for --step: {others or 'none'}") from error
         else:
             wanted = "none saved at a step that was evaluated" if step == "best" else f"no step {step}"
             raise hx.CheckpointError(f"{directory} holds the steps {', '.join(map(str, steps))}, {wanted}")

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hadamax import hf
 from hadamax.models import Decoder, DecoderConfig
-from train.config import Config, from_dict
+from train.config import Config
+from train.parsing import from_dict
 
 
 @pytest.fixture(autouse=True)

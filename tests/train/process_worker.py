@@ -12,8 +12,9 @@ import hadamax as hx
 from hadamax import paths, tensor_files
 from hadamax.hf import load_pretrained
 from train import data, processes
-from train.config import EvaluateConfig, MeshConfig, from_dict
+from train.config import EvaluateConfig, MeshConfig
 from train.evaluate import evaluate
+from train.parsing import from_dict
 
 
 def bytes_read_and_held(directory: str, mesh: jax.sharding.Mesh) -> tuple[int, int]:

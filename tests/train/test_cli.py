@@ -187,7 +187,7 @@ def test_a_disk_that_refuses(run, monkeypatch, target, name, number):
 def test_an_output_below_a_file(run, records_file):
     code, err = run("--run.out", str(records_file / "run"))
     assert code == 1
-    assert "Not a directory" in err
+    assert "is a file; give a directory" in err
 
 
 def test_out_of_memory_says_what_to_do(run, monkeypatch):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from train.config import Config, EvaluateConfig, UsageError, from_dict, parse
+from train.config import Config, EvaluateConfig, UsageError
+from train.parsing import from_dict, parse
 
 REQUIRED = ["--model.base", "m", "--data.train", "t.jsonl"]
 
@@ -52,6 +53,8 @@ def test_a_configuration_survives_json():
         (["--optim.schedule", "wsd", "--optim.decay", "0.99"], "optim.decay: 0.99 is not above 0 and within 1"),
         (["--optim.schedule", "constant", "--optim.min_lr_ratio", "0.1"], "a constant schedule does not fall"),
         (["--run.patience", "3", "--run.eval_every", "0"], "run.patience: nothing to wait for; give run.eval_every"),
+        (["--mesh.fsdp", "two"], "--mesh.fsdp: 'two' is not int"),
+        (["--run.steps", "2", "--run.profile", "[3, 5]"], "run.profile: begins at step 3, the run ends at 2"),
         (["--run.profile", "[5, 3]"], "run.profile: .*5, 3.* is not a first and a last step, from 1 on"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
@@ -67,6 +70,7 @@ def test_a_wrong_command_line_is_one_line(argv, message):
     [
         ("optim:\n  lrr: 3\n", "unknown option optim.lrr; nearest: 'optim.lr'"),
         ("optim:\n  lr: 3\n - x: [\n", "line 3"),
+        ("optim: [1\n", "--config is no YAML that can be read: while parsing a flow sequence"),
         ("optim: {lr: high}\n", "--optim.lr: 'high' is not float or null"),
         ("optmi: {lr: 3}\n", "unknown option optmi.lr; nearest: 'optim.lr'"),
     ],

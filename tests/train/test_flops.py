@@ -8,6 +8,7 @@ import pytest
 import hadamax as hx
 from hadamax.models import Decoder, DecoderConfig
 from train.flops import PEAKS, peak, training_flops
+from train.run import Base, apply_of, unplaced_apply_of
 
 IN, OUT, TOKENS, RANK = 32, 48, 16, 4
 X = jax.ShapeDtypeStruct((TOKENS, IN), jnp.float32)
@@ -81,6 +82,26 @@ def test_a_decoder_takes_4_for_each_frozen_weight_and_12_for_attention_and_recom
     first = sum(2 * n * m + 2 * RANK * n for n, m in (layer["q"], layer["k"], layer["v"]))
     per_token = 3 * (kernels + 12 * 32 * length) + 4 * 32 * 64 - (0 if scan_layers else first)
     assert training_flops(loss, adapters, params, ids, weights) == rows * length * per_token
+
+
+def test_the_count_of_a_merge_does_not_grow_with_the_mesh():
+    config = DecoderConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    batch = {name: jax.ShapeDtypeStruct((8, 16), jnp.int32) for name in ("input_ids", "targets")}
+    batch["weights"] = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+
+    def count(devices, apply_of):
+        mesh = hx.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+        model = Decoder(config, mesh=mesh)
+        params = jax.eval_shape(model.init, jax.random.key(0), batch["input_ids"])
+        injection = hx.inject({"*_proj": hx.hira(RANK)}, view=model.view)
+        adapters = jax.eval_shape(injection.init, jax.random.key(0), params)
+        apply = apply_of(Base(model, params, config, None, mesh), injection)
+        return training_flops(lambda t, p, b: apply(p, t, **b, method="loss"), adapters, params, batch)
+
+    assert count(1, unplaced_apply_of) == count(8, unplaced_apply_of) == count(1, apply_of) < count(8, apply_of)
 
 
 def test_shapes_of_one_device_count_for_all_and_detached_values_for_the_forward_pass_only():

@@ -26,7 +26,8 @@ from hadamax import hf, paths
 from hadamax.models import Decoder, DecoderConfig
 from tests.train.conftest import character_tokenizer
 from train import cli, compiling, data, evaluate, export, finetune, metrics, processes
-from train.config import Config, EvaluateConfig, MeshConfig, UsageError, from_dict
+from train.config import Config, EvaluateConfig, MeshConfig, UsageError
+from train.parsing import from_dict
 
 DECODER = DecoderConfig(80, 16, 32, 2, 4, 2, 4, eos_token_id=2)
 ONE, DATA, FSDP = {"devices": 1}, {"data": 8, "fsdp": 1}, {"fsdp": 8}

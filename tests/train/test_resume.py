@@ -112,6 +112,9 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(copy, monkey
     assert [load_run(out, step=step).step for step in ("last", "best", 2)] == [4, 1, 2]
     with pytest.raises(hx.CheckpointError, match="holds the steps 1, 2, 3, 4, no step 7"):
         load_run(out, step=7)
+    (out / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
+    with pytest.raises(hx.CheckpointError, match=r"checkpoints/1 is damaged .*; the other steps, for --step: 2, 3, 4"):
+        load_run(out, step="best")
     monkeypatch.setattr(Checkpoints, "best", lambda _: None)
     with pytest.raises(hx.CheckpointError, match="none saved at a step that was evaluated"):
         load_run(out, step="best")
