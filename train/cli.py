@@ -1,7 +1,6 @@
 """What the programs share: a user's mistake is one line on stderr and an exit code, never a traceback."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,10 +10,6 @@ import jax
 
 from hadamax.errors import HadamaxError
 from train.config import UsageError
-
-# jaxlib 0.10.2 and 0.11 end the process in some fused products on CPU (jax issues 39257 and 40412): turned off, for
-# about 8 % of a step's time. XLA reads this at the first use of a device, and what the user sets after it wins.
-STEADY = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 class Interrupted(Exception):
@@ -27,7 +22,6 @@ class Interrupted(Exception):
 
 def main(program: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """The whole of a `__main__`: quietens what orbax says besides the error it raises, runs, exits."""
-    os.environ["XLA_FLAGS"] = f"{STEADY} {os.environ.get('XLA_FLAGS', '')}"
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # When several reads or writes fail, those after the first find their event loop closed.
     show = sys.unraisablehook
