@@ -45,7 +45,7 @@ def guard(inner: optax.GradientTransformation, spike: float = 0.0) -> optax.Grad
 
     Args:
         inner: the optimiser.
-        spike: that factor; 0 tells no spikes. The first 20 good steps are none, nor is what follows a mean of 0.
+        spike: that factor; 0 tells no spikes. The first 20 good steps are none.
 
     Example:
         >>> optimizer = guard(optax.sgd(0.5))
@@ -68,7 +68,7 @@ def guard(inner: optax.GradientTransformation, spike: float = 0.0) -> optax.Grad
         updates, new = inner.update(updates, state.inner, params, value=value, **extra)
         ok = jnp.isfinite(watched).all()
         if spike:
-            ok &= (state.good < FIRST) | ((watched <= spike * state.means) | (state.means == 0)).all()
+            ok &= (state.good < FIRST) | (watched <= spike * state.means).all()
         # -0: it changes no bit of what it is added to (subnormal numbers aside, which XLA flushes); 0 turns -0 into 0.
         updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.full_like(u, -0.0)), updates)
         good = state.good + 1
@@ -107,8 +107,7 @@ def check(fetched: Sequence[dict[str, Any]], last: int, allowed: int, saved: int
         names = [name for name in ("loss", "grad_norm", "param_norm") if not np.isfinite(values[name])]
         if values["bad_in_a_row"] <= allowed and "param_norm" not in names:  # a bad parameter does not mend itself
             continue
-        bad = values["bad_in_a_row"]
-        row = f", bad step {bad} in a row (optim.max_skips {allowed})" if allowed and bad else ""
+        row = f", bad step {values['bad_in_a_row']} in a row (optim.max_skips {allowed})" if allowed else ""
         if names:
             found = f"{names[0]} is {float(values[names[0]])} at step {step}{row}"
             raise NotFiniteError(f"{found}; stopped, {kept}; a lower optim.lr often helps")

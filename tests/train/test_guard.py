@@ -84,16 +84,6 @@ def test_a_spike_is_a_loss_or_a_gradient_above_its_factor_of_the_running_mean(lo
     assert int(state.skipped) == bad
 
 
-def test_after_a_mean_of_zero_nothing_is_a_spike():
-    optimizer = guard(optax.sgd(0.0), spike=3.0)
-    step, params = step_of(optimizer), jnp.zeros(1)
-    state = optimizer.init(params)
-    for _ in range(FIRST):
-        _, state = step(params, state, jnp.zeros(1), 0.0)
-    _, state = step(params, state, jnp.ones(1), 1.0)
-    assert int(state.skipped) == 0
-
-
 def values(loss=1.0, grad_norm=1.0, param_norm=1.0, bad=0):
     return {"loss": loss, "grad_norm": grad_norm, "param_norm": param_norm, "bad_in_a_row": bad}
 
@@ -110,7 +100,7 @@ def values(loss=1.0, grad_norm=1.0, param_norm=1.0, bad=0):
             NotFiniteError,
             r"^loss is nan at step 10, bad step 1 in a row",
         ),
-        ([values(param_norm=np.inf)], 9, NotFiniteError, r"^param_norm is inf at step 10; stopped"),
+        ([values(param_norm=np.inf)], 9, NotFiniteError, r"^param_norm is inf at step 10"),
     ],
 )
 def test_a_run_ends_at_more_bad_steps_in_a_row_than_allowed_or_a_parameter_out_of_range(steps, allowed, error, message):
