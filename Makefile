@@ -1,7 +1,7 @@
 # make demo: fine-tune the shipped base with several adapters and print the table (at most 4 minutes on 2 CPU cores).
 # make test: lint, types, doctests, test suite. Both install into .venv first, once; PYTHON chooses the interpreter.
 # make experiments: every experiment of train/experiments into benchmarks/results, or one: EXPERIMENT=boha_target. Parts
-#   that the results hold already are not run again; from nothing in about a quarter of an hour on 2 shared CPU cores.
+#   that the results hold already are not run again; each file of results says how many seconds its parts took.
 # make test-flax: Hugging Face's own Flax models, gone from transformers 5, in a second environment. CI runs both tests.
 PYTHON ?= python3
 VENV := .venv
