@@ -1,5 +1,7 @@
 # make demo: fine-tune the shipped base with several adapters and print the table (at most 4 minutes on 2 CPU cores).
 # make test: lint, types, doctests, test suite. Both install into .venv first, once; PYTHON chooses the interpreter.
+# make experiments: every experiment of train/experiments into benchmarks/results, or one: EXPERIMENT=boha_target. Parts
+#   that the results hold already are not run again; each file of results says how many seconds its parts took.
 # make test-flax: Hugging Face's own Flax models, gone from transformers 5, in a second environment. CI runs both tests.
 PYTHON ?= python3
 VENV := .venv
@@ -9,14 +11,15 @@ FLAX_VENV := .venv-flax
 FLAX_STAMP := $(FLAX_VENV)/.installed
 # One process per core; the closing line of pytest is the last line of the output.
 PYTEST_OPTIONS := -n auto --maxprocesses 8 -q
+EXPERIMENT ?= digits reconstruction boha_target hira_ablations
 PYTEST ?= $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-flax lint clean
+.PHONY: demo experiments test test-flax lint clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[train,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,experiments,test]'
 	touch $(STAMP)
 
 $(FLAX_STAMP): pyproject.toml
@@ -26,6 +29,9 @@ $(FLAX_STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m train.demo
+
+experiments: $(STAMP)
+	set -e; for name in $(EXPERIMENT); do $(BIN)/python -m train.experiments.$$name; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

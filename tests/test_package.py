@@ -49,16 +49,16 @@ def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
 
 def requirements(names):
     """The import names of requirement strings."""
-    renamed = {"orbax_checkpoint": "orbax", "pyyaml": "yaml"}
+    renamed = {"orbax_checkpoint": "orbax", "pyyaml": "yaml", "scikit_learn": "sklearn"}
     plain = [re.match(r"[\w-]+", name)[0].lower().replace("-", "_") for name in names]
     return {renamed.get(name, name) for name in plain}
 
 
-@pytest.mark.parametrize(("folder", "extra"), [("hadamax", None), ("train", "train")])
-def test_every_import_is_declared(folder, extra):
+@pytest.mark.parametrize(("folder", "extras"), [("hadamax", ()), ("train", ("train", "experiments"))])
+def test_every_import_is_declared(folder, extras):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = requirements(project["dependencies"])
-    if extra:
+    for extra in extras:
         declared |= requirements(project["optional-dependencies"][extra])
     imported = set()
     for file in (ROOT / folder).rglob("*.py"):
@@ -69,7 +69,7 @@ def test_every_import_is_declared(folder, extra):
                 imported.add((node.module or "").split(".")[0].lower())
     own = {"hadamax", "train", *sys.stdlib_module_names}
     # torch is optional: hadamax.hf reads pickles with it, the demo checks its export with it
-    assert imported - own - declared <= ({"torch", "google"} if extra else {"torch"})
+    assert imported - own - declared <= ({"torch", "google"} if extras else {"torch"})
 
 
 def test_import_brings_in_no_model_library():

@@ -45,6 +45,7 @@ class DataConfig:
         template: name of a prompt template (plain, alpaca, none) or a text with {instruction} and {input}.
         response_only: learn from the response's tokens only, not from the prompt's.
         limit: use only the first records of the training file.
+        seed: of the held-out split and the order of the rows; null takes run.seed.
     """
 
     train: str
@@ -55,6 +56,7 @@ class DataConfig:
     template: str = "plain"
     response_only: bool = True
     limit: int | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class OptimConfig:
     """Optimiser and schedule.
 
     Attributes:
-        lr: peak learning rate of the adapters; null takes each method's default (train/optim.py).
+        lr: peak learning rate of the adapters; null takes each method's default (train/optim.py). A list trains
+            adapters with each of them at once, over one base.
         base_lr: peak learning rate of the trained base parameters; null takes the default.
         lr_ratio: multiplies the learning rate of the second factors, as LoRA+ does.
         optimizer: adamw, lion or sgd (with momentum); the default learning rates are AdamW's.
@@ -104,7 +107,7 @@ class OptimConfig:
             schedule too) and the data passed over; the next one ends the run. 0 stops at the first.
     """
 
-    lr: float | None = None
+    lr: float | list[float] | None = None
     base_lr: float | None = None
     lr_ratio: float = 1.0
     optimizer: Literal["adamw", "lion", "sgd"] = "adamw"
@@ -135,7 +138,9 @@ class RunConfig:
         keep: checkpoints kept, the newest; the best is kept as well: of those saved at an evaluation, the one of the
             lowest held-out loss.
         log_every: steps between fetches of the loss from the device.
-        seed: seeds the adapters, the held-out split and the order of the rows.
+        seed: seeds the adapters and, where data.seed is null, the held-out split and the order of the rows.
+        seeds: train adapters of so many seeds at once, from seed on, over one base and on the same rows in the same
+            order; each is what a run by itself is with its run.seed and this data.seed.
         resume: continue from the newest checkpoint in out; false refuses a directory that has one.
         patience: stop after so many evaluations without a lower loss; null runs all steps.
         profile: first and last step that jax.profiler traces into out/profile; null traces none.
@@ -154,6 +159,7 @@ class RunConfig:
     keep: int = 2
     log_every: int = 10
     seed: int = 0
+    seeds: int = 1
     resume: bool = True
     patience: int | None = None
     profile: tuple[int, int] | None = None
@@ -200,7 +206,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep"):
+        for name in ("data.max_length", "run.batch_size", "run.grad_accum", "run.log_every", "run.keep", "run.seeds"):
             _require(self, name, lambda v: v >= 1, "at least 1")
         for name in ("run.eval_every", "run.save_every", "optim.clip", "optim.weight_decay", "optim.max_skips"):
             _require(self, name, lambda v: v >= 0, "0 or more")
@@ -230,6 +236,16 @@ class Config:
             )
         if self.optim.optimizer != "adamw" and self.optim.lr is None:
             raise UsageError(f"optim.lr: give one for {self.optim.optimizer}; the defaults are AdamW's")
+        rates = self.optim.lr if isinstance(self.optim.lr, list) else [self.optim.lr]
+        if not rates or len(set(rates)) < len(rates):
+            raise UsageError(f"optim.lr: {rates} should be learning rates, each of them once")
+        if len(rates) > 1 and self.adapter.method is None and self.adapter.rules is None:
+            raise UsageError("optim.lr: it is for adapters, and adapter.method is null; give one, and optim.base_lr")
+        if len(rates) * self.run.seeds > 1 and self.run.patience is not None:
+            raise UsageError(
+                "run.patience: adapters that train at once (run.seeds, optim.lr) end together; leave it out, and choose"
+                " by the held-out losses of each"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` reads it back."""
@@ -252,6 +268,8 @@ class EvaluateConfig:
         run: directory of a run; its base, adapters and prompt template are used.
         model: Hugging Face directory or hub id of a plain model, in place of run.
         step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
+        member: which adapter, from 0 on, of a run that trained several at once; null takes the one of the lowest
+            held-out loss.
         base: where the run's base is now, if it has moved.
         dtype: type of the base weights and of the activations; null keeps the run's or the checkpoint's.
         template: prompt template; null takes the run's, or plain.
@@ -269,6 +287,7 @@ class EvaluateConfig:
     run: str | None = None
     model: str | None = None
     step: Literal["last", "best"] | int = "last"
+    member: int | None = None
     base: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     template: str | None = None
@@ -286,6 +305,8 @@ class EvaluateConfig:
             raise UsageError("give either --run, a run's directory, or --model, a Hugging Face directory")
         if self.run is None and self.step != "last":
             raise UsageError("--step chooses a checkpoint of --run")
+        if self.run is None and self.member is not None:
+            raise UsageError("--member chooses an adapter of --run")
         if self.batch_size < 1 or self.max_new_tokens < 0 or (self.limit or 1) < 1 or (self.max_length or 1) < 1:
             raise UsageError("batch_size, limit and max_length should be at least 1, max_new_tokens at least 0")
 
@@ -306,6 +327,8 @@ class ExportConfig:
         dtype: type of the merged model's weights; null keeps the base's.
         verify: read the directory back and print the largest difference of logits from the run's.
         step: checkpoint of the run: last, the newest; best, the one of the lowest held-out loss; or a step.
+        member: which adapter, from 0 on, of a run that trained several at once; null takes the one of the lowest
+            held-out loss.
         base: where the run's base is now, if it has moved.
         mesh: the devices, and what is split over them.
     """
@@ -320,6 +343,7 @@ class ExportConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     verify: bool = False
     step: Literal["last", "best"] | int = "last"
+    member: int | None = None
     base: str | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -154,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     records = data.read_records(config.data)[: config.limit]
     run = injection = adapters = None
     if config.run is not None:
-        run = load_run(config.run, config.base, config.dtype, config.step, mesh)
+        run = load_run(config.run, config.base, config.dtype, config.step, config.member, mesh)
         base, settings = run.base, run.config.data
         params = hx.join(run.trainable["base"], base.params)
         injection, adapters = run.injection, run.trainable["adapters"]

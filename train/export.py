@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             " slice with JAX_PLATFORMS=cpu, too)"
         )
     check_new(config.out)  # before the work
-    run = load_run(config.run, config.base, step=config.step, mesh=mesh_of(config.mesh))
+    run = load_run(config.run, config.base, step=config.step, member=config.member, mesh=mesh_of(config.mesh))
     if config.adapter is None:
         losses, total = export_merged(config, run)
         report("share of the update lost by rounding", "merge loss", {**losses, "all": total})

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import hadamax as hx
 from hadamax import paths
 from hadamax.checkpoint import Checkpoints
-from train import cli, compiling, data, flops, guard, manifest, metrics, optim, processes
+from train import cli, compiling, data, flops, guard, manifest, members, metrics, optim, processes
 from train.config import Config
 from train.parsing import parse
 from train.processes import Silent, check_rows, mesh_of
 from train.profiling import Profile
-from train.progress import Progress, show
+from train.progress import Progress, show, show_rows
 from train.resume import identity, resume
 from train.run import (
     Base,
@@ -46,7 +47,10 @@ from train.stopping import Best
 
 
 class Result(NamedTuple):
-    """A finished run. `params` holds the base with its trained leaves in place; `adapters` are not merged."""
+    """A finished run. `params` holds the base with its trained leaves in place; `adapters` are not merged.
+
+    Where several trained at once, what trained leads with their axis (`train.members.select`).
+    """
 
     summary: dict[str, Any]
     base: Base
@@ -79,7 +83,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     injection_of(config.adapter, None)  # before the model is loaded: an unknown method or option
     mesh = mesh_of(config.mesh) if base is None else base.mesh
     check_rows(mesh, "run.batch_size / run.grad_accum", run.batch_size // run.grad_accum)
-    train_records, eval_records = data.load(config.data, run.seed)  # first: cheap, and often wrong
+    data_seed = run.seed if config.data.seed is None else config.data.seed
+    train_records, eval_records = data.load(config.data, data_seed)  # first: cheap, and often wrong
     base = load_base(config.model, mesh) if base is None else base
     if mesh.size > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -90,7 +95,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     train_rows = data.rows(encoded.examples, config.data)
     held_out = data.encode(eval_records, base.tokenizer, config.data) if eval_records else None
     eval_rows = data.rows(held_out.examples, config.data) if held_out else None
-    batches = data.train_batches(train_rows, run.batch_size, run.seed, hx.batch_sharding(mesh))
+    batches = data.train_batches(train_rows, run.batch_size, data_seed, hx.batch_sharding(mesh))
     steps = run.steps or max(1, math.ceil(run.epochs * len(train_rows) / run.batch_size))
     tokens_per_step = run.batch_size * sum(len(e.ids) - 1 for e in encoded.examples) / len(train_rows)
     if run.profile is not None and run.profile[0] > steps:
@@ -103,44 +108,66 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     # What trains.
     injection, train_base = injection_of(config.adapter, base.model.view), config.adapter.train_base
+    group = members.Group(members.members_of(config))
+    count = len(group.members) if len(group.members) > 1 else None  # None: no axis of members
     init = functools.partial(initial_trainable, injection=injection, train_base=train_base)
-    init = jax.jit(init, out_shardings=trainable_shardings(base, injection, train_base))
-    trainable = init(jax.random.key(run.seed), base.params)
+    shapes = jax.eval_shape(init, jax.random.key(run.seed), base.params)
+    lie = trainable_shardings(base, injection, train_base)
+    shapes = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, lie)
     _, frozen = hx.split(base.params, train_base)
     adapters = {path: t.adapter.config for path, t in injection.targets(base.params).items()} if injection else {}
     if injection is not None:
         print(injection.summary(base.params))
-    if trained := paths.leaves(trainable["base"]):
-        count = sum(leaf.size for leaf in trained.values())
-        print(f"base parameters that train: {', '.join(trained)} ({count:,})")
-    optimizer = optim.build(config.optim, optim.learning_rates(trainable, adapters, config.optim), steps)
-    optimizer = guard.guard(optimizer, config.optim.spike)
+    if trained := paths.leaves(shapes["base"]):
+        size = sum(leaf.size for leaf in trained.values())
+        print(f"base parameters that train: {', '.join(trained)} ({size:,})")
+    each = [dataclasses.replace(config.optim, lr=member.lr) for member in group.members]
+    rates = [optim.learning_rates(shapes, adapters, settings) for settings in each]
+
+    def optimizer_of(rates: Any) -> optax.GradientTransformationExtraArgs:
+        return guard.guard(optim.build(config.optim, rates, steps, count is not None), config.optim.spike)
+
+    def begin(key: jax.Array, rates: Any, params: Any) -> State:
+        trainable = init(key, params)
+        return State(trainable, optimizer_of(rates).init(trainable))
 
     # The steps, each compiled once.
-    shardings = placement(optimizer, trainable, frozen, mesh)
+    optimizer = optimizer_of(rates[0])
+    shardings = placement(optimizer, shapes, frozen, mesh)
     train_step, eval_step = make_steps(apply_of(base, injection), optimizer, run.grad_accum, shardings)
+    if count is None:
+        begin = jax.jit(begin, out_shardings=shardings.state)
+        state = begin(jax.random.key(run.seed), rates[0], base.params)
+    else:
+        train_step, eval_step, shardings = members.steps(train_step, eval_step, shardings)
+        begin = jax.jit(jax.vmap(begin, (0, 0, None)), out_shardings=shardings.state)
+        state = begin(members.keys(group.members), members.together(rates), base.params)
+        members.check_seeds(state.trainable, run.seeds)
+        print(f"{count} adapters at once, on the same rows: {'; '.join(map(str, group.members))}")
     one_batch = next(data.eval_batches(train_rows, run.batch_size, shardings.batch, limit=1))  # for its shapes
-    meter = flops.meter(tokens_per_step, unplaced_apply_of(base, injection), trainable, frozen, one_batch)
+    meter = flops.meter(tokens_per_step, unplaced_apply_of(base, injection), shapes, frozen, one_batch, count or 1)
     train_step = compiling.once("the training step", train_step)
     eval_step = compiling.once("the evaluation step", eval_step)
-    state = State(trainable, jax.jit(optimizer.init, out_shardings=shardings.state.optimizer)(trainable))
 
-    def evaluate() -> float:
-        """Mean loss over the held-out tokens."""
+    def evaluate() -> Any:
+        """Mean loss over the held-out tokens; a list where several train."""
         rows = data.eval_batches(eval_rows, run.batch_size, shardings.batch, run.eval_rows) if eval_rows else ()
         # One after the other: on CPU, two programs of several devices under way at once can wait for each other.
         sums = [jax.device_get(eval_step(state.trainable, frozen, batch)) for batch in rows]
-        total, tokens = np.sum(sums, axis=0)
-        return float(total / tokens)
+        total, tokens = np.moveaxis(np.sum(sums, axis=0), -1, 0)
+        return (total / tokens).tolist()
 
     processes.make_shared(out)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
-    meta["base"] = identity(frozen)
+    meta |= {"base": identity(frozen), "members": None if count is None else list(group.members)}
     best = Best()
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, processes.signals() as received:
         start, state = resume(checkpoints, state, batches, meta, run.resume)
         if start:
-            best = Best(*checkpoints.json(start, "meta")["best"])
+            kept = checkpoints.json(start, "meta")
+            best = Best(*kept["best"])
+            if count is not None:
+                group = members.Group(group.members, **kept["group"])
         finished = start >= steps or best.exhausted(run.patience)
         if start:
             print(f"{out} is finished" if finished else f"continuing from step {start} of {steps} in {out}")
@@ -153,9 +180,10 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         with recorders[0] as log, recorders[1] as progress, tracer as profile:
 
             def evaluate_and_log() -> float:
-                log.log(step, eval_loss=(eval_loss := evaluate()))
-                progress.update(step, eval_loss=eval_loss)
-                return eval_loss
+                losses: Any = evaluate() if count is None else group.evaluated(evaluate())
+                log.log(step, eval_loss=losses)
+                progress.update(step, eval_loss=losses)
+                return losses if count is None else group.lowest()
 
             missed = best.last < start and due(start, run.eval_every, steps)  # a signal came
             if eval_rows is not None and not finished and (missed or not start):
@@ -172,11 +200,14 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                     continue
                 # The only transfers from the device: every `log_every` steps, and before an evaluation or a save.
                 fetched = jax.device_get(pending)
-                guard.check(fetched, step, config.optim.max_skips, saved, out)
+                judged = fetched, step, config.optim.max_skips, saved, out
+                if count is None:
+                    guard.check(*judged)
+                figures = guard.means(fetched) if count is None else group.figures(*judged)
                 elapsed = time.perf_counter() - clock
                 if step > start + 1 and not profile.overlaps(step - len(fetched) + 1, step):  # the first step compiles
                     seconds, trained = seconds + elapsed, trained + len(fetched)
-                figures = guard.means(fetched) | meter.rates(len(fetched), elapsed)
+                figures |= meter.rates(len(fetched), elapsed)
                 log.log(step, **figures)
                 progress.update(step, **figures)
                 pending, eval_loss = [], None
@@ -185,7 +216,8 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                 finished = step == steps or best.exhausted(run.patience)
                 new_best = eval_now and best.step == step and run.patience is not None  # else it could be lost
                 if save_now or finished or new_best:
-                    meta["best"], position = best, batches.get_state()
+                    meta |= {"best": best, "group": None if count is None else group.to_json()}
+                    position = batches.get_state()
                     checkpoints.save(step, state.trainable, state.optimizer, data=position, meta=meta, loss=eval_loss)
                     saved = step
                 if stop:
@@ -204,20 +236,24 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         print(f"stopped after step {step} of {steps}: no lower held-out loss since step {best.step} (run.patience)")
 
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    skipped = np.asarray(jax.device_get(state.optimizer.skipped))
+    one = {
+        "train_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        "eval_loss_first": losses[0] if losses else None,
+        "eval_loss_last": losses[-1] if losses else None,
+    }
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.trainable)) // (count or 1)  # of one adapter
     total = sum(leaf.size for leaf in paths.leaves(base.params).values())
     methods = sorted({adapter["method"] for adapter in adapters.values()}) or ["none"]
     summary = {
         "method": "+".join(methods),
-        "trainable_parameters": count,
+        "trainable_parameters": size,
         "base_parameters": total,
-        "trainable_share": count / total,
+        "trainable_share": size / total,
         "steps": step,
-        "skipped_steps": int(state.optimizer.skipped),
+        "skipped_steps": int(skipped.sum()),
         **(meter.rates(trained, seconds) if trained else {"tokens_per_second": None}),
-        "train_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "eval_loss_first": losses[0] if losses else None,
-        "eval_loss_last": losses[-1] if losses else None,
+        **(one if count is None else group.summary(lines, skipped)),
         "eval_loss_best": best.loss,
         "best_step": best.step,
         "records": len(encoded.examples),
@@ -248,7 +284,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program: `python -m train.finetune --help`."""
     config = parse(Config, argv, "train.finetune")
     processes.join(config.mesh)
-    show(finetune(config).summary, "fine-tuning finished")
+    summary = finetune(config).summary
+    show({name: value for name, value in summary.items() if name != "members"}, "fine-tuning finished")
+    if "members" in summary:
+        names = ("member", "seed", "lr", "train_loss", "eval_loss_last", "eval_loss_best", "best_step", "failed")
+        show_rows([{name: row[name] for name in names} for row in summary["members"]], "each adapter")
 
 
 if __name__ == "__main__":

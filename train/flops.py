@@ -141,8 +141,13 @@ class Meter(NamedTuple):
         return figures | {"mfu": self.flops / (step * self.devices * self.peak)}
 
 
-def meter(tokens: float, apply: Callable[..., Any], trainable: Any, frozen: Any, batch: Any) -> Meter:
-    """The meter of steps on this batch, by the devices that hold it; `apply(params, adapters, **batch, method=)`."""
+def meter(tokens: float, apply: Callable[..., Any], trainable: Any, frozen: Any, batch: Any, members: int = 1) -> Meter:
+    """The meter of steps on this batch, by the devices that hold it; `apply(params, adapters, **batch, method=)`.
+
+    Args:
+        tokens: of a batch.
+        members: adapters that train at once, each on the whole batch (`train.members`).
+    """
     devices = jax.tree.leaves(batch)[0].sharding.device_set
     best = peak(next(iter(devices)).device_kind)
 
@@ -150,4 +155,4 @@ def meter(tokens: float, apply: Callable[..., Any], trainable: Any, frozen: Any,
         return apply(hx.join(trainable["base"], frozen), trainable["adapters"], **batch, method="loss")
 
     count = None if best is None else training_flops(loss, trainable, frozen, batch)
-    return Meter(tokens, count, len(devices), best)
+    return Meter(tokens * members, count and count * members, len(devices), best)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
@@ -27,12 +28,15 @@ class Metrics:
         if start:  # TensorBoard drops what an earlier attempt wrote from this step on
             self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def log(self, step: int, **values: float) -> None:
-        """One line and one TensorBoard point for each value."""
+    def log(self, step: int, **values: Any) -> None:
+        """One line and one TensorBoard point for each value; a list's are `name/0`, `name/1`, ..., but for None."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._add(step=step, summary=summary.scalar(name, value))
+            parts = {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+            for tag, part in parts.items():
+                if part is not None:
+                    self._add(step=step, summary=summary.scalar(tag, part))
 
     def _add(self, **fields: Any) -> None:
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
@@ -58,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and evaluation loss over the steps, as PNG."""
+    """Training and evaluation loss over the steps, of each adapter where there are several, as PNG."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -67,7 +71,8 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=name.replace("_", " "), marker=marker, markersize=4)
+            drawn = axes.plot(steps, np.array(values, float), marker=marker, markersize=4)
+            drawn[0].set_label(name.replace("_", " "))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -1,7 +1,7 @@
 """The optimiser of a run: one optax chain, a peak learning rate for each leaf, a schedule from 0 to 1 and back."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -32,7 +32,7 @@ def learning_rates(trainable: Mapping[str, Any], adapters: Mapping[str, Mapping[
     Args:
         trainable: `{"adapters": {path: factors}, "base": tree}`.
         adapters: `Adapter.config` for each path; the parts of a combined adapter have each their own default.
-        config: `lr`, `base_lr` and `lr_ratio` (LoRA+, arXiv 2402.12354: second factors learn faster).
+        config: `lr` (one), `base_lr` and `lr_ratio` (LoRA+, arXiv 2402.12354: second factors learn faster).
 
     Example:
         >>> trainable = {"adapters": {"q": {"a": 0.0, "b": 0.0}}, "base": {"norm": 0.0}}
@@ -40,12 +40,15 @@ def learning_rates(trainable: Mapping[str, Any], adapters: Mapping[str, Mapping[
         {'adapters': {'q': {'a': 0.0003, 'b': 0.0006}}, 'base': {'norm': 0.001}}
     """
 
+    assert not isinstance(config.lr, list), "one member's"
+    lr = config.lr
+
     def of_factors(adapter: Mapping[str, Any], factors: Any) -> Any:
         if "adapters" in adapter:
             return tuple(of_factors(part, f) for part, f in zip(adapter["adapters"], factors, strict=True))
         if "adapter" in adapter:
             return of_factors(adapter["adapter"], factors)
-        rate = LEARNING_RATES[adapter["method"]] if config.lr is None else config.lr
+        rate = LEARNING_RATES[adapter["method"]] if lr is None else lr
         return {name: rate * (config.lr_ratio if name in SECOND_FACTORS else 1) for name in factors}
 
     base = BASE_LEARNING_RATE if config.base_lr is None else config.base_lr
@@ -78,8 +81,33 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(1 / warmup, 1 + 1 / warmup, warmup), decay], [warmup])
 
 
-def build(config: OptimConfig, rates: Any, steps: int) -> optax.GradientTransformation:
-    """Clipping, the optimiser's direction, weight decay, each leaf's learning rate, the schedule."""
+class Held(NamedTuple):
+    """A state that is the learning rates."""
+
+    rates: Any
+
+
+def held(rates: Any) -> optax.GradientTransformation:
+    """Each leaf's learning rate, kept in the state: under `vmap` each member of several has its own."""
+
+    def update(updates: Any, state: Held, params: Any = None) -> Any:
+        return _down(updates, state.rates), state
+
+    return optax.GradientTransformation(lambda params: Held(rates), update)  # pyright: ignore[reportArgumentType]
+
+
+def _down(updates: Any, rates: Any) -> Any:
+    return jax.tree.map(lambda u, rate: -rate * u, updates, rates)
+
+
+def build(config: OptimConfig, rates: Any, steps: int, several: bool = False) -> optax.GradientTransformation:
+    """Clipping, the optimiser's direction, weight decay, each leaf's learning rate, the schedule.
+
+    Args:
+        rates: of each leaf, as `learning_rates` gives them.
+        steps: of the schedule.
+        several: for several members at once (`train.members`): the state holds the rates. Else the program has them.
+    """
     b1, b2 = config.betas
     direction = {
         "adamw": optax.scale_by_adam(b1, b2),
@@ -90,6 +118,6 @@ def build(config: OptimConfig, rates: Any, steps: int) -> optax.GradientTransfor
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         direction,
         optax.add_decayed_weights(config.weight_decay, mask={"adapters": False, "base": True}),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: -rate * u, updates, rates)),
+        held(rates) if several else optax.stateless(lambda updates, _: _down(updates, rates)),
         optax.scale_by_schedule(schedule(config, steps)),
     )

@@ -1,7 +1,7 @@
 """Progress on the terminal: a bar where there is one, a line now and then where output goes to a file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,13 +16,13 @@ class Progress:
 
     def __init__(self, start: int, steps: int):
         self.console, self.steps = Console(), steps
-        self.values: dict[str, float] = {}
+        self.values: dict[str, Any] = {}
         self.began: tuple[int, float] | None = None  # the first step with a loss, which compiled, and when it ended
         columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self._task = self._bar.add_task("compiling", total=steps, completed=start)
 
-    def update(self, step: int, **values: float) -> None:
+    def update(self, step: int, **values: Any) -> None:
         """Shows new figures; the bar keeps the last known of the others."""
         if self.began is None and "loss" in values:
             self.began = step, time.perf_counter()
@@ -44,10 +44,22 @@ class Progress:
         self._bar.stop()
 
 
-def _text(values: Mapping[str, float]) -> str:
-    forms = {"loss": "loss {:.4f}", "eval_loss": "eval {:.4f}", "tokens_per_second": "{:,.0f} tokens/s"}
-    forms |= {"mfu": "MFU {:.1%}"} | ({"skipped_steps": "{} skipped"} if values.get("skipped_steps") else {})
-    return "  ".join(form.format(values[name]) for name, form in forms.items() if name in values)
+def _text(values: Mapping[str, Any]) -> str:
+    forms = {"loss": ("loss {}", ".4f"), "eval_loss": ("eval {}", ".4f"), "tokens_per_second": ("{} tokens/s", ",.0f")}
+    forms |= {"mfu": ("MFU {}", ".1%")}
+    forms |= {"skipped_steps": ("{} skipped", "d")} if any(_known(values.get("skipped_steps"))) else {}
+    known = {name: _known(values.get(name)) for name in forms}
+    return "  ".join(
+        form.format(" to ".join(format(value, spec) for value in known[name]))
+        for name, (form, spec) in forms.items()
+        if known[name]
+    )
+
+
+def _known(value: Any) -> list[Any]:
+    """A figure that there is; of several adapters' the lowest and the highest."""
+    values = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+    return sorted({min(values), max(values)}) if values else []
 
 
 def show(values: Mapping[str, Any], title: str) -> None:
@@ -55,6 +67,14 @@ def show(values: Mapping[str, Any], title: str) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in values.items():
         table.add_row(name.replace("_", " "), shown(name, value))
+    Console().print(table)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """A table with a line for each of some rows of the same names."""
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(shown(name, value) for name, value in row.items()))
     Console().print(table)
 
 

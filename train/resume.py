@@ -28,7 +28,7 @@ def resume(checkpoints: Checkpoints, state: Any, batches: Any, meta: dict[str, A
 
     Args:
         state: `(trainable, optimizer)`, a named tuple; the checkpoint's arrays are placed as its arrays are.
-        meta: `{"config", "injection", "base"}` of this run, `base` as `identity` gives it.
+        meta: `{"config", "injection", "base", "members"}` of this run, `base` as `identity` gives it.
         wanted: False refuses a directory that has a checkpoint.
 
     Raises:
@@ -61,7 +61,7 @@ def resume(checkpoints: Checkpoints, state: Any, batches: Any, meta: dict[str, A
             before = old["config"].get(section, {}).get(name)
             if f"{section}.{name}" not in FREE and before != value:
                 changed = f"{section}.{name} was {before!r}, now {value!r}"
-                _say(f"note: {changed}; the resumed run is not the uninterrupted one")
+                say(f"note: {changed}; the resumed run is not the uninterrupted one")
     batches.set_state(position)
     return step, state._replace(trainable=trainable, optimizer=optimizer)
 
@@ -79,7 +79,7 @@ def newest(checkpoints: Checkpoints, read: Callable[[int], T]) -> tuple[int, T]:
         except DamagedError as error:
             reason = error
         if step != steps[0]:
-            _say(f"note: {reason}; using the one before")
+            say(f"note: {reason}; using the one before")
     raise hx.CheckpointError(f"no checkpoint in {checkpoints.directory} is whole: {reason}; give another run.out")
 
 
@@ -88,6 +88,7 @@ def check_same(checkpoints: Checkpoints, old: dict[str, Any], meta: dict[str, An
     for name, there, here in (
         ("adapters", old["injection"], meta["injection"]),
         ("train_base", old["config"]["adapter"]["train_base"], meta["config"]["adapter"]["train_base"]),
+        ("seeds and learning rates at once", old.get("members"), meta["members"]),
     ):
         if here != there:
             found = f"was made with other {name}: {difference(there, here)}"
@@ -147,6 +148,7 @@ def difference(there: Any, here: Any, where: str = "") -> str:
     return f"{where} was {json.dumps(there)}, now {json.dumps(here)}".lstrip()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Prints a line, in the first process."""
     if jax.process_index() == 0:
         print(line, flush=True)

@@ -15,8 +15,9 @@ from hadamax import hf
 from hadamax.checkpoint import Checkpoints, DamagedError
 from hadamax.models import Decoder, DecoderConfig
 from train.config import AdapterConfig, Config, ModelConfig
+from train.members import Group, Member, select, stacked
 from train.parsing import from_dict
-from train.resume import check_base, identity, newest
+from train.resume import check_base, identity, newest, say
 
 
 class Base(NamedTuple):
@@ -150,6 +151,7 @@ def load_run(
     base: str | None = None,
     dtype: Any = None,
     step: Literal["last", "best"] | int = "last",
+    member: int | None = None,
     mesh: Mesh | None = None,
 ) -> Run:
     """A checkpoint of a run, on its base.
@@ -160,9 +162,12 @@ def load_run(
         dtype: of the base, in place of the run's.
         step: `"last"`, the newest; where that one is damaged, the one before it, which is said. `"best"`, of those
             saved at an evaluation the one of the lowest held-out loss. Or a step.
+        member: which adapter of a run that trained several at once; None takes the one of the lowest held-out loss,
+            which is said.
         mesh: as for `load_base`; any, whatever the run had.
 
     Raises:
+        ConfigError: no such member.
         CheckpointError: no run, no such checkpoint, a damaged one.
         BaseMismatchError: another base than the run's.
     """
@@ -179,8 +184,23 @@ def load_run(
         key, train_base = jax.random.key(0), config.adapter.train_base
         like = jax.eval_shape(lambda p: initial_trainable(key, p, injection, train_base), loaded.params)
         at = trainable_shardings(loaded, injection, train_base)
-        like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, at)
-        return meta, Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
+        members = [Member(*values) for values in meta.get("members") or ()]
+        if not members:
+            if member:
+                raise hx.ConfigError(f"{directory} has one adapter, no --member {member}")
+            like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, at)
+            return meta, Run(config, loaded, injection, checkpoints.arrays(step, "trainable", like), step)
+        chosen = Group(tuple(members), **meta["group"]).chosen(member, directory)
+        say(
+            f"adapter {chosen} of {len(members)} ({members[chosen]})"
+            + ", of the lowest held-out loss" * (member is None)
+        )
+        like = jax.tree.map(
+            lambda leaf, sharding: leaf.update(shape=(len(members), *leaf.shape), sharding=sharding), like, stacked(at)
+        )
+        every = checkpoints.arrays(step, "trainable", like)
+        trainable = jax.jit(select, static_argnums=1, out_shardings=at)(every, chosen)
+        return meta, Run(config, loaded, injection, trainable, step)
 
     with Checkpoints(Path(directory) / "checkpoints", create=False) as checkpoints:
         if not (steps := checkpoints.steps()):

@@ -35,7 +35,7 @@ def test_a_configuration_survives_json():
     [
         (["--optim.lrr", "3"], "unknown option optim.lrr; nearest: 'optim.lr'"),
         (["--optm.lr", "3"], "unknown option optm.lr; nearest: 'optim.lr'"),
-        (["--optim.lr", "abc"], "--optim.lr: 'abc' is not float or null"),
+        (["--optim.lr", "abc"], "--optim.lr: 'abc' is not float or list or null"),
         (["--run.steps", "1.5"], "--run.steps: '1.5' is not int or null"),
         (["--optim.schedule", "cosin"], "--optim.schedule: .*'cosine'.*cosin"),
         (["--optim.betas", "[1,2,3]"], "--optim.betas: .*2 elements"),
@@ -71,7 +71,7 @@ def test_a_wrong_command_line_is_one_line(argv, message):
         ("optim:\n  lrr: 3\n", "unknown option optim.lrr; nearest: 'optim.lr'"),
         ("optim:\n  lr: 3\n - x: [\n", "line 3"),
         ("optim: [1\n", "--config is no YAML that can be read: while parsing a flow sequence"),
-        ("optim: {lr: high}\n", "--optim.lr: 'high' is not float or null"),
+        ("optim: {lr: high}\n", "--optim.lr: 'high' is not float or list or null"),
         ("optmi: {lr: 3}\n", "unknown option optmi.lr; nearest: 'optim.lr'"),
     ],
 )
