@@ -1,8 +1,8 @@
 """What a Hadamard Adapter learns on GLUE: which layers matter, and how alike its vectors are across tasks."""
 
-import functools
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +59,7 @@ def layers(
 
     rows, kept, rises = [], np.ones(count, bool), []
     for left_out in range(count):
+        begin = time.perf_counter()
         trainable, _ = trained(
             prepared,
             task,
@@ -71,6 +72,7 @@ def layers(
             rates=[rate] * len(seeds),
             scale=of_layers(start, kept),
         )
+        seconds = time.perf_counter() - begin
         if not left_out:
             whole = loss(trainable)
             for layer in range(count):
@@ -78,7 +80,7 @@ def layers(
                 rises.append(loss(jax.tree.map(lambda w, s, m: s + m * (w - s), trainable, start, others)) - whole)
         scores = scores_of(task, prepared.dev, predict(program, prepared.dev, widths, trainable, classifiers))
         size = program.trainable * int(kept.sum()) // count
-        found = row(prepared, task, f"{kept.sum()} of {count} layers", size, rate, scores, 0.0)
+        found = row(prepared, task, f"{kept.sum()} of {count} layers", size, rate, scores, seconds)
         rows.append(found | {"layers": [int(at) for at in np.flatnonzero(kept)], "rises": rises})
         kept[int(np.argsort(rises)[left_out])] = False
     return rows
@@ -123,12 +125,12 @@ def similarity(
     classifiers = {task: heads(data[task], slice(0, train_examples), seeds, stage1) for task in tasks}
     start, _ = program.start(jax.numpy.stack([jax.random.key(seed) for seed in seeds]), classifiers[tasks[0]])
     chosen: dict[str, Any] = {"seeds": seeds, "rates": [rate] * len(seeds)}
-    own = {
-        task: trained(
-            data[task], task, slice(0, train_examples), program, classifiers[task], epochs=epochs, batch=batch, **chosen
-        )[0]
-        for task in tasks
-    }
+    found, seconds = {}, {}
+    for task in tasks:
+        begin, rows = time.perf_counter(), slice(0, train_examples)
+        of = {"epochs": epochs, "batch": batch} | chosen
+        found[task], _ = trained(data[task], task, rows, program, classifiers[task], **of)
+        seconds[task] = time.perf_counter() - begin
 
     def epoch(number: int) -> Iterator[Step]:
         feeds = [epoch_of(data[t].train, TASKS[t].widths, batch, seeds, number, classifiers[t]) for t in tasks]
@@ -136,17 +138,19 @@ def similarity(
 
     steps = epochs * sum(math.ceil(len(data[task].train.labels) / batch) for task in tasks)
     feed = itertools.chain.from_iterable(epoch(number) for number in range(epochs))
-    shared, _ = fit(program, feed, steps, classifiers[tasks[0]], **chosen)
+    begin = time.perf_counter()
+    found["shared"], _ = fit(program, feed, steps, classifiers[tasks[0]], **chosen)
+    seconds["shared"] = time.perf_counter() - begin
 
     rows = []
-    for task, (kind, trainable) in itertools.product(tasks, [("own", own), ("shared", None)]):
-        tree, dev = (trainable[task] if trainable else shared), data[task].dev
-        scores = scores_of(task, dev, predict(program, dev, TASKS[task].widths, tree, classifiers[task]))
-        rows.append(row(data[task], task, f"{kind} adapter", program.trainable, rate, scores, 0.0))
-    moved = {name: vectors(tree, start) for name, tree in {**own, "shared": shared}.items()}
-    same = functools.partial(zip, range(len(seeds)), range(len(seeds)))
+    for task, name in itertools.product(tasks, ("own", "shared")):
+        which, dev = task if name == "own" else name, data[task].dev
+        scores = scores_of(task, dev, predict(program, dev, TASKS[task].widths, found[which], classifiers[task]))
+        rows.append(row(data[task], task, f"{name} adapter", program.trainable, rate, scores, seconds[which]))
+    moved = {name: vectors(tree, start) for name, tree in found.items()}
     for a, b in itertools.combinations_with_replacement(moved, 2):
-        pairs = list(same()) if a != b else list(itertools.combinations(range(len(seeds)), 2))
+        count = range(len(seeds))
+        pairs = list(zip(count, count, strict=True)) if a != b else list(itertools.combinations(count, 2))
         for part in moved[a]:
             x, y = moved[a][part], moved[b][part]
             by_layer = [float(np.mean([cosine(x[i, at], y[j, at]) for i, j in pairs])) for at in range(x.shape[1])]

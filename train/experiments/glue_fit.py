@@ -82,13 +82,13 @@ def first_tokens(base: Base, data: Examples, widths: Sequence[int], at_once: int
     params = {"params": {name: base.params["params"][name] for name in ("embeddings", "encoder")}}
 
     @_jit
-    def states(ids, types, lengths):
+    def states(params, ids, types, lengths):
         return hidden.apply(params, ids, _mask(ids, lengths), types)[:, 0]
 
     out = np.zeros((len(data.lengths), base.model.config.hidden_size), np.float32)
     for rows, _, width in batches(data.lengths, widths, at_once, [0], 0):
         part = data.take(rows[0])
-        out[rows[0]] = states(part.ids[:, :width], part.types[:, :width], part.lengths)
+        out[rows[0]] = states(params, part.ids[:, :width], part.types[:, :width], part.lengths)
     return out
 
 
