@@ -47,8 +47,8 @@ def exact(
             keys = jax.random.split(jax.random.key(seed + b), 2)
             m = modulator(size, b, keys[0])
             kernels = jnp.stack([base_of(kind, size, keys[1]) for kind in bases])
-            targets = kernels * m
-            adapters = {"BoHA": (b, hx.boha(b, blocks=b))}
+            targets = kernels * m[None]
+            adapters: dict[str, tuple[int, hx.Adapter | None]] = {"BoHA": (b, hx.boha(b, blocks=b))}
             for rank in sorted({b, (b + b * b) // 2, b * b - 1, b * b}):
                 adapters[f"HiRA {rank}"] = rank, hx.hira(rank)
             for rank in (b, b * b):

@@ -1,12 +1,13 @@
 """What the experiments share: fits of an adapter's update to a target, results files, tables and figures."""
 
 import argparse
+import fnmatch
 import importlib.metadata
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,22 +176,31 @@ def finite(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def run_parts(path: Path, parts: Mapping[str, tuple[Callable[..., list[Row]], Row]], fresh: bool = False) -> Row:
+def run_parts(
+    path: Path, parts: Mapping[str, tuple[Callable[..., list[Row]], Row]], fresh: bool = False, only: str = "*"
+) -> Row:
     """Runs what the results file does not hold yet with the same settings, and writes after each part.
 
     Args:
         path: the JSON file: `{part: {settings, versions, seconds, rows}}`.
         parts: for each name a function and its keyword arguments, JSON values: the settings that are recorded.
         fresh: run the parts that are there, too.
+        only: a glob; parts of other names stay as they are.
+
+    Returns:
+        What the file then holds of the parts as they stand, in their order.
 
     Raises:
         CheckpointError: a results file that is no JSON object.
     """
-    kept = {} if fresh or not path.exists() else read_json(path)
+    kept = read_json(path) if path.exists() else {}
     results = {name: kept[name] for name in parts if name in kept}
-    for name, (compute, settings) in parts.items():
-        settings = json.loads(json.dumps(settings))  # as it will be read back
-        if name in results and results[name]["settings"] == settings:
+    as_read = {name: json.loads(json.dumps(settings)) for name, (_, settings) in parts.items()}
+    for name, (compute, _) in parts.items():
+        settings = as_read[name]
+        if not fnmatch.fnmatchcase(name, only):
+            continue
+        if not fresh and name in results and results[name]["settings"] == settings:
             print(f"{name}: there")
             continue
         start = time.perf_counter()
@@ -202,7 +212,7 @@ def run_parts(path: Path, parts: Mapping[str, tuple[Callable[..., list[Row]], Ro
         ordered = {name: results[name] for name in parts if name in results}
         write_text(path, json.dumps(ordered, indent=1, allow_nan=False) + "\n")
         print(f"{name}: {seconds:.0f} s", flush=True)
-    return {name: results[name] for name in parts}
+    return {name: results[name] for name in parts if name in results and results[name]["settings"] == as_read[name]}
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
@@ -256,13 +266,22 @@ def main(
     report: Callable[[Row], str],
     draw: Callable[[Any, Row], None],
     argv: Sequence[str] | None = None,
+    needed: Collection[str] | None = None,
 ) -> None:
-    """The program of one experiment: its parts, then the report and the figure from what the JSON holds."""
+    """The program of one experiment: its parts, then the report and the figure from what the JSON holds.
+
+    Args:
+        needed: the parts without which there is no report; None for all.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m train.experiments.{name}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--fresh", action="store_true", help="run the parts that the results hold already, too")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="run the parts of these names only")
     args = parser.parse_args(argv)
-    results = run_parts(args.out / f"{name}.json", parts, args.fresh)
+    results = run_parts(args.out / f"{name}.json", parts, args.fresh, args.only)
+    if missing := [part for part in (parts if needed is None else needed) if part not in results]:
+        print(f"no report yet: {', '.join(missing)} still to run")
+        return
     text = f"{report(results).strip()}\n\n{footnote(results)}\n"
     write_text(args.out / f"{name}.md", text)
 

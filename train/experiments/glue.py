@@ -1,0 +1,192 @@
+"""The Hadamard Adapter on GLUE (Chen et al., CIKM 2023): ten methods on RTE, SST-2 and CoLA, then the paper's analysis.
+
+    python -m train.experiments.glue [--only 'RTE*']
+
+MiniLM (6 layers, width 384; HADAMAX_ENCODER names another BERT or RoBERTa) as a classifier; the data are read in place
+(HADAMAX_DATA). Stage 1 trains the classifier alone, the same for all methods of a seed; stage 2 trains what the method
+names, the classifier frozen. The learning rate is the one of the lowest held-out loss after a short training on a part
+of the training set; the dev set is only reported. Float32, no dropout, no weight decay.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from train import cli
+from train.experiments import common, glue_fit
+from train.experiments.common import Row, table
+from train.experiments.glue_analysis import layers, similarity
+from train.experiments.glue_data import TASKS
+from train.experiments.glue_methods import HADAMARD, METHODS, RANK, VARIANTS, Method
+from train.experiments.glue_study import classifier_alone, compare
+
+MODEL = os.environ.get("HADAMAX_ENCODER", glue_fit.PACKAGED)
+HEAD = {"rate": 1e-2, "steps": 300}
+# Equal for all methods and tasks: RTE's training set is 2,490 examples, and so much is taken of the others.
+SIZES: dict[str, Any] = {
+    "model": MODEL,
+    "train_examples": 2490,
+    "seeds": [0, 1, 2],
+    "batch": 8,
+    "head": HEAD,
+}
+SWEEP = {"sweep": {"examples": 512, "held_out": 400, "epochs": 3}}
+EPOCHS = {"RTE": 3, "CoLA": 6, "SST-2": 3}
+ANALYSED = ("CoLA", "SST-2")  # short texts
+
+
+def _compared(task: str, methods: dict[str, Method]) -> dict[str, Any]:
+    return {
+        f"{task}, {name}": (
+            compare,
+            {"task": task, "method": name, "rates": method.rates, "epochs": EPOCHS[task]} | SIZES | SWEEP,
+        )
+        for name, method in methods.items()
+    }
+
+
+_STAGE_1 = {key: SIZES[key] for key in ("model", "train_examples", "seeds", "head")}
+PARTS: dict[str, Any] = {}
+for _task in ("RTE", "CoLA", "SST-2"):
+    PARTS[f"{_task}, classifier alone"] = (classifier_alone, {"task": _task} | _STAGE_1)
+    PARTS |= _compared(_task, METHODS)
+for _task in ANALYSED:
+    PARTS |= _compared(_task, VARIANTS)
+    PARTS[f"{_task}, layers"] = (
+        layers,
+        {"task": _task, "rates": METHODS[HADAMARD].rates, "judged_by": 512, "epochs": EPOCHS[_task]} | SIZES | SWEEP,
+    )
+PARTS["similarity"] = (similarity, {"tasks": list(TASKS), "rate": 1e-2, "epochs": 3} | SIZES | {"train_examples": 1024})
+
+
+def rows_of(results: Row, task: str, names: Sequence[str]) -> list[Row]:
+    """The rows of some methods on a task, of those that are there."""
+    parts = (results.get(f"{task}, {name}") for name in names)
+    return [row for part in parts if part for row in part["rows"]]
+
+
+def score_table(rows: Sequence[Row], full: float | None, first: str = "method") -> str:
+    """Markdown; the share is of all parameters of the model, the last column of full fine-tuning's mean."""
+    lines = [
+        (
+            row["method"],
+            f"{row['trainable']:,}",
+            f"{row['share']:.3%}",
+            row["lr"],
+            f"{row['mean']:.3f}",
+            "-" if row["std"] is None else f"{row['std']:.3f}",
+            f"{row['mean'] / full:.1%}" if full else None,
+            f"{row['seconds']:.0f}" if row["seconds"] else None,
+        )
+        for row in rows
+    ]
+    return table(lines, (first, "trainable", "share", "rate", "mean", "std", "of full fine-tuning", "seconds"))
+
+
+def full_mean(results: Row, task: str) -> float | None:
+    return next((row["mean"] for row in rows_of(results, task, ["full fine-tuning"])), None)
+
+
+def report(results: Row) -> str:
+    cut = ", ".join(f"{form.widths[-1]} ({task})" for task, form in TASKS.items())
+    epochs = ", ".join(f"{count} ({task})" for task, count in EPOCHS.items())
+    part = SWEEP["sweep"]
+    parts = [
+        f"""# The Hadamard Adapter on GLUE
+
+{MODEL}, a classifier of two classes; {SIZES["train_examples"]:,} training examples of each task (all of RTE's),
+{epochs} epochs of batches of {SIZES["batch"]}, texts cut to {cut} tokens, the whole dev set; mean and standard
+deviation over {len(SIZES["seeds"])} seeds, after the last epoch. One protocol for all: stage 1 trains the classifier
+alone; stage 2 what the method names, the classifier frozen unless it is said (full fine-tuning trains it). Six
+learning rates, half a decade apart, are tried on {part["examples"]} of the training examples for {part["epochs"]}
+epochs and judged by the loss of {part["held_out"]} others. LoRA, LoHa, HiRA, ABBA and BoHA adapt queries and values at
+the budget of LoRA's rank {RANK}. Seconds are those of training all seeds at once, on a machine that did other work as
+well: not for comparing. A small model and little data: nothing here is the paper's result."""
+    ]
+    for task, form in TASKS.items():
+        rows = rows_of(results, task, ["classifier alone", *METHODS])
+        if rows:
+            dev = rows[0]["dev_examples"]
+            title = {"accuracy": "accuracy", "matthews": "Matthews' correlation"}[form.metric]
+            parts.append(f"## {task}: {title}, {dev} dev examples\n\n{score_table(rows, full_mean(results, task))}")
+    for task in ANALYSED:
+        rows = rows_of(results, task, [HADAMARD, *VARIANTS])
+        if len(rows) > 1:
+            title = f"## {task}: what of the adapter trains"
+            parts.append(f"{title}\n\n{score_table(rows, full_mean(results, task))}")
+        rows = rows_of(results, task, ["layers"])
+        if rows:
+            rises = ", ".join(f"{at}: {rise:.3f}" for at, rise in enumerate(rows[0]["rises"]))
+            parts.append(
+                f"## {task}: fewer layers\n\nThe layers that matter least are left out first. The training loss rises"
+                f" by ({rises}) when the vectors of layer 0, 1, ... are put back.\n\n"
+                + score_table(
+                    [row | {"method": f"{row['layers']}"} for row in rows], full_mean(results, task), "layers"
+                )
+            )
+    if "similarity" in results:
+        parts.append(_similarity(results["similarity"]))
+    return "\n\n".join(parts)
+
+
+def _similarity(part: Row) -> str:
+    scores = [row for row in part["rows"] if "mean" in row]
+    lines = [(row["task"], row["method"], f"{row['mean']:.3f}", f"{row['std'] or 0:.3f}") for row in scores]
+    cosines = [row for row in part["rows"] if "cosine" in row]
+    pairs = list(dict.fromkeys(tuple(row["between"]) for row in cosines))
+    kinds = list(dict.fromkeys(row["of"] for row in cosines))
+    found = {(*row["between"], row["of"]): row["cosine"] for row in cosines}
+    alike = [
+        (" and ".join(pair) if pair[0] != pair[1] else f"{pair[0]}, two seeds", *(found[*pair, kind] for kind in kinds))
+        for pair in pairs
+    ]
+    settings = part["settings"]
+    return (
+        f"## Alike across tasks?\n\n{settings['train_examples']:,} training examples of each task, rate"
+        f" {settings['rate']}. The shared adapter is one for all tasks, each with its own classifier.\n\n"
+        + table(lines, ("task", "adapter", "mean", "std"))
+        + "\n\nCosine of what the vectors have moved, all layers, mean over the seeds.\n\n"
+        + table(alike, ("between", *kinds))
+    )
+
+
+def draw(figure: Any, results: Row) -> None:
+    figure.set_size_inches(14, 8)
+    panels = figure.subplots(2, 3).flatten()
+    for axes, (task, form) in zip(panels, TASKS.items(), strict=False):
+        for row in rows_of(results, task, list(METHODS)):
+            axes.errorbar(row["trainable"], row["mean"], row["std"], fmt="o", capsize=3, label=row["method"])
+        for row in rows_of(results, task, ["classifier alone"]):
+            axes.axhline(row["mean"], color="gray", linestyle=":", label="classifier alone")
+        axes.set(title=task, xlabel="trainable parameters", ylabel=form.metric, xscale="log")
+    for at, task in enumerate(ANALYSED):
+        rows = rows_of(results, task, ["layers"])
+        panels[3].errorbar(
+            [len(row["layers"]) for row in rows],
+            [row["mean"] for row in rows],
+            [row["std"] or 0 for row in rows],
+            fmt="o-",
+            capsize=3,
+            color=f"C{at}",
+            label=task,
+        )
+    panels[3].set(title="layers with an adapter", xlabel="layers", ylabel="score")
+    part = results.get("similarity", {"rows": []})
+    for axes, kind in zip(panels[4:], ("w", "b"), strict=True):
+        for row in part["rows"]:
+            if row.get("of") == kind and "cosine" in row and "shared" not in row["between"]:
+                a, b = row["between"]
+                axes.plot(row["by_layer"], "o:" if a == b else "o-", label=f"{a}, {b}" if a != b else f"{a}, seeds")
+        axes.set(title=f"cosine of {kind}", xlabel="layer", ylim=(-1, 1))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    common.main("glue", PARTS, report, draw, argv, needed=())
+
+
+if __name__ == "__main__":
+    cli.main(main)
