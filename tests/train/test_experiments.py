@@ -151,7 +151,7 @@ def tiny(module):
     for name, (compute, settings) in module.PARTS.items():
         changed = settings | {key: value for key, value in small.items() if key in settings}
         if "kinds" in settings:
-            changed["kinds"] = settings["kinds"][:2]
+            changed["kinds"] = [kind for kind in settings["kinds"] if kind != "fine-tuning"][:2]  # that has one size
         if module is hira_ablations:
             changed["of"] = [4, 0] if name == "splits" else ["W0", "ones"]
         if name == "toy" and "splits" in settings:
