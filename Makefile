@@ -2,6 +2,7 @@
 # make test: lint, types, doctests, test suite. Both install into .venv first, once; PYTHON chooses the interpreter.
 # make experiments: every experiment of train/experiments into benchmarks/results, or one: EXPERIMENT=boha_target. Parts
 #   that the results hold already are not run again; each file of results says how many seconds its parts took.
+# make notebooks: runs the notebooks and keeps their outputs in them, or one: NOTEBOOK=notebooks/tour.ipynb.
 # make test-flax: Hugging Face's own Flax models, gone from transformers 5, in a second environment. CI runs both tests.
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ EXPERIMENT ?= digits reconstruction boha_target hira_ablations glue
 PYTEST ?= $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := test
-.PHONY: demo experiments test test-flax lint clean
+.PHONY: demo experiments notebooks test test-flax lint clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ demo: $(STAMP)
 
 experiments: $(STAMP)
 	set -e; for name in $(EXPERIMENT); do $(BIN)/python -m train.experiments.$$name; done
+
+notebooks: $(STAMP)
+	$(BIN)/python -m notebooks.execute $(NOTEBOOK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
