@@ -73,7 +73,7 @@ def plan() -> list[Any]:
         ("v5e:16x16", (16, 16, 1)),
         ("v5e:16x16", (8, 16, 2)),
         ("v5p:1x1x1", (1, 1, 1)),
-        ("v5p:4x8x8", (16, 16, 1)),
+        ("v5p:4x8x8", (4, 64, 1)),
     ]
     for topology, mesh in scaling:
         cases += [Case("Llama-3.1-8B", method, topology, mesh, mesh[0] * mesh[1], 4096) for method in ("LoRA", "HiRA")]

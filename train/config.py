@@ -221,7 +221,9 @@ class Config:
             )
         _require(self, "run.profile", lambda v: v is None or 1 <= v[0] <= v[1], "a first and a last step, from 1 on")
         if self.run.profile is not None and self.run.steps is not None and self.run.profile[0] > self.run.steps:
-            raise UsageError(f"run.profile: begins at step {self.run.profile[0]}, the run ends at {self.run.steps}")
+            raise UsageError(
+                f"run.profile: begins at step {self.run.profile[0]}, the run ends at step {self.run.steps}"
+            )
         if self.run.patience is not None and not (self.run.eval_every and (self.data.eval or self.data.eval_fraction)):
             raise UsageError("run.patience: nothing to wait for; give run.eval_every, and data.eval or .eval_fraction")
         if self.optim.schedule == "constant" and self.optim.min_lr_ratio:

@@ -147,7 +147,8 @@ def mesh_of(config: MeshConfig) -> Mesh:
     """The mesh of the devices of all processes.
 
     Raises:
-        ConfigError: sizes that do not make the number of devices, or more devices than there are.
+        ConfigError: sizes that do not make the number of devices, or that a TPU slice's wiring cannot have, or more
+            devices than there are.
     """
     devices = jax.devices()
     if config.devices is not None:
@@ -156,7 +157,14 @@ def mesh_of(config: MeshConfig) -> Mesh:
         if jax.process_count() > 1 and config.devices != len(devices):
             raise hx.ConfigError("mesh.devices: processes use all their devices; leave it out, or start fewer")
         devices = devices[: config.devices]
-    return hx.make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
+    try:
+        return hx.make_mesh(data=config.data, fsdp=config.fsdp, tensor=config.tensor, devices=devices)
+    except NotImplementedError as error:  # on a TPU slice, whose devices are wired as a torus
+        reason = str(error).split(". ")[0]
+        raise hx.ConfigError(
+            f"mesh: the devices of this slice cannot be laid out so ({reason}); make each of mesh.data, .fsdp and .tensor"
+            " a product of some of the slice's sides"
+        ) from error
 
 
 def check_rows(mesh: Mesh, name: str, rows: int) -> None:

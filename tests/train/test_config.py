@@ -54,7 +54,7 @@ def test_a_configuration_survives_json():
         (["--optim.schedule", "constant", "--optim.min_lr_ratio", "0.1"], "a constant schedule does not fall"),
         (["--run.patience", "3", "--run.eval_every", "0"], "run.patience: nothing to wait for; give run.eval_every"),
         (["--mesh.fsdp", "two"], "--mesh.fsdp: 'two' is not int"),
-        (["--run.steps", "2", "--run.profile", "[3, 5]"], "run.profile: begins at step 3, the run ends at 2"),
+        (["--run.steps", "2", "--run.profile", "[3, 5]"], "run.profile: begins at step 3, the run ends at step 2"),
         (["--run.profile", "[5, 3]"], "run.profile: .*5, 3.* is not a first and a last step, from 1 on"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
