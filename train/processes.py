@@ -162,8 +162,8 @@ def mesh_of(config: MeshConfig) -> Mesh:
     except NotImplementedError as error:  # on a TPU slice, whose devices are wired as a torus
         reason = str(error).split(". ")[0]
         raise hx.ConfigError(
-            f"mesh: the devices of this slice cannot be laid out so ({reason}); make each of mesh.data, .fsdp and .tensor"
-            " a product of some of the slice's sides"
+            f"mesh: the devices of this slice cannot be laid out so ({reason}); make each of mesh.data, .fsdp and"
+            " .tensor a product of some of the slice's sides"
         ) from error
 
 
