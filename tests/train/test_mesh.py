@@ -299,6 +299,16 @@ def test_two_processes_stop_together_and_one_device_continues(settings, single, 
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_the_other_methods_in_two_processes_have_the_losses_of_one_device(settings, single, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(tmp_path / "run", "others", BOTH).to_dict()))
+    with launch("train.finetune", "--config", tmp_path / "config.yaml") as program:
+        _, err = program.communicate()
+    assert program.returncode == 0, err
+    expected, found = losses(single / "others"), losses(tmp_path / "run")
+    assert len(found) == len(expected) >= 20
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def workers(single, records_file, tmp_path_factory):
     """What the two processes of `process_worker` say, and what they wrote."""
