@@ -1,14 +1,16 @@
 """Sequential adaptation at tiny size: how accuracy is told, and what passes from one stage to the next."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 
+import hadamax as hx
 from train import demo, evaluate, pretrain
 from train.config import ModelConfig
-from train.experiments import sequential
+from train.experiments import common, sequential
 from train.run import load_base
 from train.tasks import mixture
 
@@ -54,7 +56,7 @@ def test_every_method_has_the_same_budget_and_every_committed_rate_is_swept_alik
     base = load_base(ModelConfig(str(demo.BASE)))
     sizes = set()
     for adapter in sequential.adapters(8, 4).values():
-        injection = sequential.hx.inject(dict.fromkeys(sequential.LINEAR, adapter), view=base.model.view)
+        injection = hx.inject(dict.fromkeys(sequential.LINEAR, adapter), view=base.model.view)
         sizes.add(injection.summary(base.params).trainable)
     assert sizes == {77824}
     assert {len(swept) for rates in sequential.RATES.values() for swept in rates} == {3}
@@ -66,3 +68,10 @@ def test_what_is_left_is_read_where_the_second_accuracy_first_reaches_the_level(
     assert found["reached"] == 1 and found["absolute"]["mean"] == 0.5 == found["relative"]["mean"]
     assert sequential.matched(curves, 0.2)["relative"]["all"] == pytest.approx([0.92, 1.0])
     assert sequential.matched(curves[1:], 0.9) == {"reached": 0}
+
+
+def test_committed_results_hold_the_settings_of_the_code():
+    results = json.loads((common.RESULTS / "sequential.json").read_text())
+    settings = {part: json.loads(json.dumps(values)) for part, (_, values) in sequential.PARTS.items()}
+    assert {part: result["settings"] for part, result in results.items()} == settings
+    assert (common.RESULTS / "sequential.md").read_text().startswith(sequential.report(results).strip())
