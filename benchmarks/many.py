@@ -25,6 +25,7 @@ import hadamax as hx
 from benchmarks.aot import ENVIRONMENT
 from benchmarks.hlo import matmul_flops, parse
 from benchmarks.shapes import SHAPES
+from benchmarks.training_step import METHODS
 from hadamax.models import Decoder
 from train import demo, members, optim
 from train.config import ModelConfig, OptimConfig
@@ -32,8 +33,7 @@ from train.guard import guard
 from train.run import initial_trainable, load_base
 from train.step import State, make_steps, placement
 
-METHODS = {"LoRA": hx.lora, "HiRA": hx.hira, "BoHA": lambda rank: hx.boha(rank, 4), "ABBA": hx.abba}
-PROJECTIONS = "{q,k,v,o,gate,up,down}_proj"
+NAMES = ("LoRA", "HiRA", "BoHA", "ABBA")
 
 
 class Program(NamedTuple):
@@ -46,13 +46,16 @@ class Program(NamedTuple):
     shardings: Any
 
 
-def program(model: Any, params: Any, mesh: Any, adapter: hx.Adapter, count: int, batch: int, length: int) -> Program:
+def program(model: Any, params: Any, mesh: Any, method: str, rank: int, count: int, batch: int, length: int) -> Program:
     """The step of `count` adapters, as `train.finetune` makes it; one is without their axis.
 
     Args:
         params: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
     """
-    injection = hx.inject({PROJECTIONS: adapter}, view=model.view)
+    entry = METHODS[method]
+    assert entry is not None
+    where, adapter = entry
+    injection = hx.inject({where: adapter(rank)}, view=model.view)
     placed, key = hx.param_shardings(params, mesh), jax.random.key(0)
     init = functools.partial(initial_trainable, injection=injection, train_base=[])
     lie = {"adapters": injection.shardings(params, placed), "base": hx.split(placed, [])[0]}
@@ -97,8 +100,8 @@ def seconds(step: Any, times: int) -> float:
     return time.perf_counter() - start
 
 
-def times(methods: dict[str, Any], counts: list[int], rounds: int, batch: int, length: int) -> None:
-    """Prints the table of times on the demo's decoder, with the CPU's memory figures."""
+def times(methods: list[str], counts: list[int], rounds: int, batch: int, length: int) -> None:
+    """Prints the table of times on the demo's decoder."""
     base = load_base(ModelConfig(str(demo.BASE)))
     rng = np.random.default_rng(0)
     print(f"demo's decoder, {batch} x {length} tokens, rank 8, float32, {jax.default_backend()}, {rounds} rounds")
@@ -117,8 +120,8 @@ def times(methods: dict[str, Any], counts: list[int], rounds: int, batch: int, l
 
         return step
 
-    for name, method in methods.items():
-        make = functools.partial(program, base.model, base.params, base.mesh, method(8), batch=batch, length=length)
+    for name in methods:
+        make = functools.partial(program, base.model, base.params, base.mesh, name, 8, batch=batch, length=length)
         one = stepper(make(count=1))
         for count in counts:
             together = stepper(make(count=count))
@@ -132,7 +135,7 @@ def times(methods: dict[str, Any], counts: list[int], rounds: int, batch: int, l
             print(f"{name:8} {count:3} {figures}", flush=True)
 
 
-def memory(methods: dict[str, Any], counts: list[int], name: str, batch: int, length: int) -> None:
+def memory(methods: list[str], counts: list[int], name: str, batch: int, length: int) -> None:
     """Prints the table of memory and FLOPs of steps compiled for one chip."""
     from jax.experimental import topologies
 
@@ -145,10 +148,10 @@ def memory(methods: dict[str, Any], counts: list[int], name: str, batch: int, le
     print(f"{name}, TPU v5e (1 chip), {batch} x {length} tokens, rank 32, bfloat16 base, remat full")
     head = "".join(f"{name:>13}" for name in ("at once GiB", "K x one GiB", "ratio", "temporaries", "FLOPs ratio"))
     print(f"{'method':8} {'K':>3}{head}")
-    for method, adapter in methods.items():
+    for method in methods:
         figures = {}
         for count in (1, *counts):
-            made = program(model, params, mesh, adapter(32), count, batch, length)
+            made = program(model, params, mesh, method, 32, count, batch, length)
             state = jax.eval_shape(made.begin, params)
             state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state, made.shardings.state)
             compiled = made.step.lower(state, made.frozen, made.batch).compile()
@@ -170,12 +173,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", default="2,4,8")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=None, help="rows of a batch (8; 4 with --tpu)")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--batch", type=int, default=None, help="rows of a batch (8; 1 with --tpu)")
+    parser.add_argument("--methods", default=",".join(NAMES))
     parser.add_argument("--tpu", action="store_true", help="memory on a TPU in place of times here")
     args = parser.parse_args()
     counts = [int(count) for count in args.members.split(",")]
-    methods = {name: METHODS[name] for name in args.methods.split(",")}
+    methods = args.methods.split(",")
     if args.tpu:
         memory(methods, counts, "Llama-3.2-1B", args.batch or 1, 1024)
     else:

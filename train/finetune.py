@@ -162,7 +162,10 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     meta |= {"base": identity(frozen), "members": None if count is None else list(group.members)}
     best = Best()
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, processes.signals() as received:
+        asked = optax.tree.get(state.optimizer, "rates")  # None where the program has them
         start, state = resume(checkpoints, state, batches, meta, run.resume)
+        if asked is not None:
+            state = state._replace(optimizer=optax.tree.set(state.optimizer, rates=asked))
         if start:
             kept = checkpoints.json(start, "meta")
             best = Best(*kept["best"])

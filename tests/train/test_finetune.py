@@ -446,6 +446,11 @@ def test_a_second_run_takes_its_compilations_from_the_cache(make_config, tmp_pat
 HIT = "/jax/compilation_cache/cache_hits"
 
 
+def test_a_cache_that_is_a_file_is_one_line(make_config, records_file):
+    with pytest.raises(hx.ConfigError, match=r"run\.compilation_cache: .*sums.jsonl is a file; give a directory"):
+        finetune.finetune(make_config(run={"compilation_cache": str(records_file)}))
+
+
 def test_a_window_of_steps_is_traced_below_the_runs_folder_also_when_the_run_is_cut_short(
     make_config, tmp_path, monkeypatch
 ):

@@ -108,6 +108,15 @@ def test_a_stopped_run_of_several_continues_to_the_same_bits_and_refuses_other_m
     assert resumed.summary["members"] == result.summary["members"]
 
 
+def test_a_learning_rate_that_is_changed_takes_hold_when_several_continue(configure, tmp_path):
+    sections = at(SECTIONS, run=RUN | {"steps": 2, "seeds": 2, "save_every": 0}, optim={"lr": 3e-3})
+    before = finetune.finetune(configure(tmp_path / "run", **sections))
+    sections = at(sections, run={"steps": 4}, optim={"base_lr": 0.0})
+    after = finetune.finetune(configure(tmp_path / "run", **sections))
+    assert_trees_equal(after.params, before.params)  # norms whose rate is 0
+    assert not np.array_equal(*(jax.tree.leaves(result.adapters)[0] for result in (before, after)))
+
+
 def test_evaluation_and_export_take_the_best_or_the_one_that_is_named(several, records_file, tmp_path, capsys):
     out, _, result = several
     summary = json.loads((out / "summary.json").read_text())

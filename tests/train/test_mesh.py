@@ -199,6 +199,19 @@ def test_a_mesh_that_does_not_fit_is_one_line_before_the_model_is_loaded(setting
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_mesh_that_a_slices_wiring_cannot_have_is_one_line(monkeypatch):
+    def refuse(**_):  # what JAX says of 16 x 16 on a v5p 4x8x8, where there is one
+        raise NotImplementedError(
+            "Failed to find assignment for logical_axis_index 1 of size 16. The size of each axis"
+        )
+
+    monkeypatch.setattr(hx, "make_mesh", refuse)
+    with pytest.raises(
+        hx.ConfigError, match=r"cannot be laid out so \(Failed to find .* of size 16\); make each of mesh"
+    ):
+        processes.mesh_of(MeshConfig())
+
+
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
 TPU = {"TPU_ML_PLATFORM": "JAX"}  # `import jax` sets it where there are TPU chips
 

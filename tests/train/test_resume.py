@@ -122,10 +122,12 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(copy, monkey
 
 def test_evaluate_and_export_take_the_step_that_is_asked_for(copy, records_file, tmp_path):
     out, _ = copy
-    losses = {
-        step: evaluate.evaluate(EvaluateConfig(str(records_file), run=str(out), step=step, max_new_tokens=0))["loss"]
+    found = {
+        step: evaluate.evaluate(EvaluateConfig(str(records_file), run=str(out), step=step, max_new_tokens=0))
         for step in ("last", "best", 1)
     }
+    assert [result["step"] for result in found.values()] == [4, 1, 1]
+    losses = {step: result["loss"] for step, result in found.items()}
     assert losses["best"] == losses[1] < losses["last"]
     export.main([f"--run={out}", f"--out={tmp_path / 'first'}", "--adapter=native", "--step=1"])
     loaded = hx.load_adapters(tmp_path / "first", load_run(out).base.params, check_base=False)
