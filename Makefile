@@ -12,7 +12,7 @@ FLAX_VENV := .venv-flax
 FLAX_STAMP := $(FLAX_VENV)/.installed
 # One process per core; the closing line of pytest is the last line of the output.
 PYTEST_OPTIONS := -n auto --maxprocesses 8 -q
-EXPERIMENT ?= digits reconstruction boha_target hira_ablations sequential glue
+EXPERIMENT ?= digits reconstruction boha_target hira_ablations sequential glue sequential_glue
 PYTEST ?= $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 .DEFAULT_GOAL := test

@@ -1,6 +1,7 @@
 """Settings of the programs: nested dataclasses, which check what they are given. `train.parsing` reads them."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -214,6 +215,8 @@ class Config:
             _require(self, name, lambda v: 0 <= v < 1, "0 or more and below 1")
         for name in ("run.steps", "run.eval_rows", "data.limit", "run.patience"):
             _require(self, name, lambda v: v is None or v >= 1, "at least 1")
+        _require(self, "optim.base_lr", lambda v: v is None or 0 <= v < math.inf, "0 or more")
+        _require(self, "optim.lr_ratio", lambda v: 0 < v < math.inf, "above 0")
         _require(self, "optim.spike", lambda v: v == 0 or v > 1, "0 or above 1")
         if self.optim.schedule == "wsd":
             _require(
@@ -241,6 +244,8 @@ class Config:
         rates = self.optim.lr if isinstance(self.optim.lr, list) else [self.optim.lr]
         if not rates or len(set(rates)) < len(rates):
             raise UsageError(f"optim.lr: {rates} should be learning rates, each of them once")
+        if wrong := [rate for rate in rates if rate is not None and not 0 < rate < math.inf]:
+            raise UsageError(f"optim.lr: {wrong[0]} is not above 0")
         if len(rates) > 1 and self.adapter.method is None and self.adapter.rules is None:
             raise UsageError("optim.lr: it is for adapters, and adapter.method is null; give one, and optim.base_lr")
         if len(rates) * self.run.seeds > 1 and self.run.patience is not None:

@@ -174,7 +174,7 @@ class Group:
         return member
 
     def summary(self, lines: Sequence[dict[str, Any]], skipped: Any) -> dict[str, Any]:
-        """A row for each member from the lines of metrics.jsonl, and the losses of the best one."""
+        """A row for each member from the lines of metrics.jsonl, and the figures of the best one."""
         rows = []
         for i, member in enumerate(self.members):
             losses = [(line["eval_loss"][i], line["step"]) for line in lines if "eval_loss" in line]
@@ -195,6 +195,6 @@ class Group:
                 }
             )
         best = self.best()
-        names = ("train_loss", "eval_loss_first", "eval_loss_last")
+        names = ("train_loss", "eval_loss_first", "eval_loss_last", "eval_loss_best", "best_step")
         own = {name: None if best is None else rows[best][name] for name in names}
         return {"adapters": len(rows), "best_member": best, **own, "members": rows}

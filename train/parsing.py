@@ -84,7 +84,8 @@ def _one_line(message: str, cls: type) -> str:
         given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), None)
         wanted = [line.removeprefix("- ").removeprefix("Expected a ") for line in lines if "Expected a" in line]
         if given is not None and wanted:
-            wanted = [re.sub(r"<class '(\w+)'>", r"\1", w).replace("NoneType", "null") for w in wanted]
+            wanted = [re.sub(r"<class '(\w+)'>", r"\1", w.split(". Got value: ")[0]) for w in wanted]
+            wanted = list(dict.fromkeys(w.replace("NoneType", "null") for w in wanted))
             wanted = [w.replace("typing.Literal", "one of ") for w in wanted]
             return f"--{found[1].rstrip('_')}: {given!r} is not {' or '.join(wanted)}"
         return f"--{found[1]}: " + " ".join(lines).replace("typing.Literal", "")

@@ -13,10 +13,11 @@ from hadamax import hf
 from hadamax.errors import DataError
 from hadamax.models import Encoder, EncoderConfig
 from train import cli
-from train.experiments import common, glue, glue_analysis, glue_data, glue_fit, glue_study
+from train.experiments import common, glue, glue_analysis, glue_data, glue_fit, glue_study, retention, sequential_glue
 from train.experiments.glue_methods import HADAMARD, METHODS, VARIANTS
 
 WORDS = ["good", "bad", *(f"w{at}" for at in range(12))]
+WIDEST = {task: form.widths[-1] for task, form in glue_data.TASKS.items()}
 CONFIG = EncoderConfig(
     vocab_size=4 + len(WORDS),
     hidden_size=16,
@@ -208,7 +209,7 @@ def test_the_share_of_the_rate_goes_up_then_down_to_its_last_step():
 @pytest.mark.parametrize("method", [HADAMARD, "full fine-tuning"])
 def test_a_method_learns_which_word_decides(encoder, method):
     rates = {"full fine-tuning": [1e-5, 1e-3]}.get(method, [1e-3, 3e-2])
-    sizes = SMALL | SWEEP | {"epochs": 12}
+    sizes = SMALL | {"epochs": 12, "sweep": {"examples": 48, "held_out": 32, "epochs": 8}}
     (row,) = glue_study.compare(encoder, "SST-2", method, rates, **sizes)
     (alone,) = glue_study.classifier_alone(encoder, "SST-2", 96, [0, 1], SMALL["head"])
     assert row["mean"] > {"full fine-tuning": 0.85}.get(method, alone["mean"] + 0.02)
@@ -253,6 +254,49 @@ def test_parts_run_by_name_and_the_report_holds_what_is_there(encoder, data, tmp
     assert (tmp_path / "glue.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sequence_begins_its_second_task_from_what_the_first_taught_continued_or_merged(encoder):
+    settings = {"model": encoder, "tasks": ["SST-2", "CoLA"], "rank": 2, "blocks": 2, "seeds": [0, 1], "batch": 16}
+    sizes = {"train_examples": 80, "held_out": 16, "dev_examples": 50, "epochs": [8, 2], "points": [1, 3]}
+    first, *second = sequential_glue.sequence(
+        method="BoHA",
+        rates=[[3e-2, 1e-1], [0.0, 1e-1]],
+        head={"rate": 0.03, "steps": 20},
+        levels=[-1.0],
+        **settings | sizes,
+    )
+    assert [row["way"] for row in second] == ["continued"] * 2 + ["merged, fresh"] * 2
+    assert first["second"]["all"] and first["curve"][-1][0] > first["curve"][0][0]
+    still, moved = (second[0], second[2]), (second[1], second[3])
+    for row in second:
+        assert row["curve"][0][0] == pytest.approx(first["curve"][-1][0]) and len(row["curve"]) == 4
+        assert row["matched"]["-1.0"]["reached"] == 2
+    assert all(len({first for first, _ in row["curve"]}) == 1 for row in still)  # at rate 0 nothing is forgotten
+    assert all(len({tuple(point) for point in row["curve"]}) > 1 for row in moved)
+
+
+def test_a_report_of_a_sequence_names_its_tasks_and_reads_every_method(tmp_path):
+    curve = np.linspace([0.8, 0.0], [0.6, 0.2], 5)
+    results = {}
+    for name, kept in (("LoRA", 1.0), ("GraLoRA", 1.0), ("BoHA", 0.9)):
+        curves = np.stack([curve * [kept, 1.0]] * 2)[None]
+        of = {"parameters": 8, "rates": [0.1], "losses": np.array([0.5]), "curves": curves}
+        _, first = retention.rows_of(name, "stage 1", **of)
+        second = [row for way in retention.WAYS for row in retention.rows_of(name, way, levels=[0.1], **of)[1]]
+        settings = sequential_glue.SETTINGS | {"seeds": [0, 1], "levels": [0.1]}
+        results[name] = {"settings": settings, "rows": json.loads(json.dumps(first + second))}
+    report = sequential_glue.report(results)
+    assert "# Sequential adaptation: SST-2, then CoLA" in report and "| SST-2 at 10% of CoLA |" in report
+    assert "mean of the controls (70.0 %), in points, ± standard error, start for start: BoHA -7.0 ± 0.0." in report
+
+
+def test_the_rates_that_other_tasks_take_are_those_of_the_committed_sweep():
+    results = json.loads((common.RESULTS / "glue.json").read_text())
+    found = {name: results[f"{glue.SWEPT}, {name}"]["rows"][0] for name in METHODS}
+    assert {name: row["lr"] for name, row in found.items()} == glue.RATES
+    for row in found.values():
+        assert row["lr"] == min(row["sweep"], key=lambda pair: pair[1])[0] and not row["rate_at_edge"]
+
+
 def test_without_the_data_the_program_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HADAMAX_DATA", str(tmp_path / "none"))
     assert cli.run(glue.main, ["--out", str(tmp_path / "out"), "--only", "CoLA, LoRA"]) == 1
@@ -281,5 +325,6 @@ def test_committed_rows_are_of_the_code_as_it_stands_and_have_the_agreed_columns
         assert part["settings"] == json.loads(json.dumps(glue.PARTS[name][1])), name
         for row in part["rows"]:
             assert name == "similarity" or row.keys() >= set(columns), name
+            assert "cut_to" not in row or row["cut_to"] == WIDEST[row["task"]], name
     if results:
         assert path.with_suffix(".md").read_text().startswith(glue.report(results).strip())

@@ -10,7 +10,7 @@ import pytest
 import hadamax as hx
 from train import demo, evaluate, pretrain
 from train.config import ModelConfig
-from train.experiments import common, sequential
+from train.experiments import common, retention, sequential
 from train.run import load_base
 from train.tasks import mixture
 
@@ -64,10 +64,10 @@ def test_every_method_has_the_same_budget_and_every_committed_rate_is_swept_alik
 
 def test_what_is_left_is_read_where_the_second_accuracy_first_reaches_the_level():
     curves = np.array([[[1.0, 0.0], [0.8, 0.5], [0.2, 1.0]], [[0.5, 0.0], [0.5, 0.4], [0.1, 0.4]]])
-    found = sequential.matched(curves, 0.75)
+    found = retention.matched(curves, 0.75)
     assert found["reached"] == 1 and found["absolute"]["mean"] == 0.5 == found["relative"]["mean"]
-    assert sequential.matched(curves, 0.2)["relative"]["all"] == pytest.approx([0.92, 1.0])
-    assert sequential.matched(curves[1:], 0.9) == {"reached": 0}
+    assert retention.matched(curves, 0.2)["relative"]["all"] == pytest.approx([0.92, 1.0])
+    assert retention.matched(curves[1:], 0.9) == {"reached": 0}
 
 
 def test_committed_results_hold_the_settings_of_the_code():

@@ -147,9 +147,10 @@ above zero, the fit did not get there: algebra says that both can. Scale and siz
         ]
         parts.append(
             f"## What is learnt of a {kind} target\n\nEffective rank, exp of the entropy of the singular values, of the"
-            f" best update:\n\n{pivot(rows, 'method', 'rank', 'effective_rank')}\n\n"
+            f" best update over all rates and starts:\n\n{pivot(rows, 'method', 'rank', 'effective_rank')}\n\n"
             f"Singular values above 1e-4 of the largest:\n\n{pivot(rows, 'method', 'rank', 'numerical_rank')}\n\n"
-            f"Relative error of the same updates:\n\n{pivot(rows, 'method', 'rank')}\n\n"
+            "Relative error of the best start at the rate of the lowest mean (the best of all rates may be lower):\n\n"
+            f"{pivot(rows, 'method', 'rank')}\n\n"
             "A high rank is no merit by itself: where the error is higher, the rank is spent elsewhere."
         )
     return "\n\n".join(parts)

@@ -17,7 +17,9 @@ import numpy as np
 import optax
 
 import hadamax as hx
+from hadamax.errors import nearest
 from hadamax.files import read_json
+from train.config import UsageError
 from train.metrics import write_text
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -192,7 +194,10 @@ def run_parts(
 
     Raises:
         CheckpointError: a results file that is no JSON object.
+        UsageError: no part has such a name.
     """
+    if not fnmatch.filter(parts, only):
+        raise UsageError(f"--only {only}: no part of that name{nearest(only, parts)}")
     kept = read_json(path) if path.exists() else {}
     results = {name: kept[name] for name in parts if name in kept}
     as_read = {name: json.loads(json.dumps(settings)) for name, (_, settings) in parts.items()}
@@ -200,7 +205,7 @@ def run_parts(
         settings = as_read[name]
         if not fnmatch.fnmatchcase(name, only):
             continue
-        if not fresh and name in results and results[name]["settings"] == settings:
+        if not fresh and name in results and results[name].get("settings") == settings:
             print(f"{name}: there")
             continue
         start = time.perf_counter()
@@ -212,7 +217,7 @@ def run_parts(
         ordered = {name: results[name] for name in parts if name in results}
         write_text(path, json.dumps(ordered, indent=1, allow_nan=False) + "\n")
         print(f"{name}: {seconds:.0f} s", flush=True)
-    return {name: results[name] for name in parts if name in results and results[name]["settings"] == as_read[name]}
+    return {name: results[name] for name in parts if results.get(name, {}).get("settings") == as_read[name]}
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:

@@ -115,9 +115,9 @@ def similarity(
 ) -> list[Row]:
     """Each task's own adapter, and one shared by all tasks, each with its task's own classifier of stage 1.
 
-    Rows of scores ("own", "shared"), and rows of cosines of what the vectors have moved, between two tasks (the same
-    seed, mean over the seeds) and, as what to expect of one task, between two seeds of it. A shared adapter's number of
-    steps is the sum of the tasks'.
+    Rows of scores ("own", "shared"), and rows of cosines of what the vectors have moved, between two tasks and, as
+    what to expect of one, between two runs of one task: mean over all pairs of different seeds. A shared adapter's
+    number of steps is the sum of the tasks'.
     """
     stage1, recipe = Head(**head), METHODS[HADAMARD].recipe
     data = {task: prepare(model, task, train_examples) for task in tasks}
@@ -149,8 +149,7 @@ def similarity(
         rows.append(row(data[task], task, f"{name} adapter", program.trainable, rate, scores, seconds[which]))
     moved = {name: vectors(tree, start) for name, tree in found.items()}
     for a, b in itertools.combinations_with_replacement(moved, 2):
-        count = range(len(seeds))
-        pairs = list(zip(count, count, strict=True)) if a != b else list(itertools.combinations(count, 2))
+        pairs = list(itertools.permutations(range(len(seeds)), 2))  # a seed is also the classifier's
         for part in moved[a]:
             x, y = moved[a][part], moved[b][part]
             by_layer = [float(np.mean([cosine(x[i, at], y[j, at]) for i, j in pairs])) for at in range(x.shape[1])]

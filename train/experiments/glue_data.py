@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "RTE": Task((1, 2), 3, ("entailment", "not_entailment"), True, "accuracy", (32, 48, 64, 96, 128)),
+    "RTE": Task((1, 2), 3, ("entailment", "not_entailment"), True, "accuracy", (32, 48, 64)),
     "SST-2": Task((0,), 1, ("0", "1"), True, "accuracy", (8, 16, 32, 64)),
     "CoLA": Task((3,), 1, ("0", "1"), False, "matthews", (10, 16, 32)),
 }

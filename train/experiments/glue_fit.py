@@ -197,6 +197,12 @@ def program(base: Base, recipe: Recipe) -> Program:
     )
 
 
+def rebased(program: Program, params: Any) -> Program:
+    """The same program, compiled once for both, over other parameters of the same shapes."""
+    parts = {name: functools.partial(getattr(program, name).func, params) for name in ("start", "step", "predict")}
+    return program._replace(**parts)
+
+
 def share(step: int, steps: int, warmup: float = 0.1) -> float:
     """Of the peak learning rate: up in a tenth of the steps, then linearly to 0.
 
@@ -225,7 +231,7 @@ def epoch_of(
         yield Step(one._replace(ids=one.ids[..., :width], types=one.types[..., :width]), weights, classifiers)
 
 
-def fit(
+def walk(
     program: Program,
     feed: Iterable[Step],
     steps: int,
@@ -234,8 +240,9 @@ def fit(
     seeds: Sequence[int],
     rates: Sequence[float],
     scale: Any = None,
-) -> tuple[Any, np.ndarray]:
-    """Stage 2 of K trainings: what they trained, leaves `[K, ...]`, and the losses `[steps, K]`.
+    start: Any = None,
+) -> Iterator[tuple[Any, jax.Array]]:
+    """Stage 2 of K trainings, step by step: what they train, leaves `[K, ...]`, until the next step; the losses `[K]`.
 
     Args:
         feed: `steps` steps.
@@ -243,11 +250,21 @@ def fit(
         seeds: of the adapter's init, one of each training.
         rates: peak learning rates, one of each training.
         scale: factors of the gradients, `[K, ...]` in the structure of what trains; None for 1.
+        start: what trains, in place of the adapter's init.
     """
     trainable, state = program.start(jnp.stack([jax.random.key(seed) for seed in seeds]), classifiers)
-    peaks, losses = jnp.asarray(rates, jnp.float32), []
+    if start is not None:
+        trainable = jax.tree.map(jnp.copy, start)  # a step gives its input up
+    peaks = jnp.asarray(rates, jnp.float32)
     for at, (batch, weights, heads) in enumerate(feed):
         trainable, state, loss = program.step(trainable, state, heads, peaks, scale, share(at, steps), batch, weights)
+        yield trainable, loss
+
+
+def fit(*args: Any, **kwargs: Any) -> tuple[Any, np.ndarray]:
+    """`walk` to its end: what was trained, and the losses `[steps, K]`."""
+    trainable, losses = None, []
+    for trainable, loss in walk(*args, **kwargs):  # noqa: B007 (the last one)
         losses.append(loss)
     return trainable, np.asarray(jnp.stack(losses))
 

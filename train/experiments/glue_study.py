@@ -87,10 +87,14 @@ def swept(
     sweep: Sweep,
     seed: int = 0,
 ) -> list[float]:
-    """The held-out loss of each rate, by some trainings at once; infinite where it diverged."""
-    part, held = slice(0, sweep.examples), slice(sweep.examples, sweep.examples + sweep.held_out)
+    """The held-out loss of each rate, by some trainings at once; infinite where it diverged.
+
+    Stage 1 learns from all examples but the held-out ones, stage 2 from a part of them.
+    """
+    held, rest = slice(0, sweep.held_out), slice(sweep.held_out, len(prepared.train.labels))
+    part = slice(sweep.held_out, sweep.held_out + sweep.examples)
     data, found = prepared.train.take(held), []
-    one = heads(prepared, part, [seed], head)
+    one = heads(prepared, rest, [seed], head)
     for at in range(0, len(rates), at_once):
         group = [*rates[at : at + at_once]]
         group += [group[-1]] * (at_once - len(group))  # one number of trainings, so one program
@@ -120,7 +124,11 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> list[float]:
 def row(
     prepared: Prepared, task: str, method: str, trainable: int, lr: float, scores: list[float], seconds: float
 ) -> Row:
-    """What every row of the results says; `seconds` are those of training all seeds at once, at the chosen rate."""
+    """What every row of the results says.
+
+    `seconds` are those of training all seeds at once, at the chosen rate; `commoner` is the commoner class's share of
+    the dev set, `cut` the share of training texts that fill the `cut_to` tokens or were cut to them.
+    """
     return {
         "task": task,
         "method": method,
@@ -133,6 +141,9 @@ def row(
         "share": trainable / glue_fit.size(prepared.base.params),
         "train_examples": len(prepared.train.labels),
         "dev_examples": len(prepared.dev.labels),
+        "commoner": float(max(np.bincount(prepared.dev.labels)) / len(prepared.dev.labels)),
+        "cut_to": TASKS[task].widths[-1],
+        "cut": float((prepared.train.lengths == TASKS[task].widths[-1]).mean()),
         "seconds": round(seconds, 1),
         "scores": scores,
     }
@@ -153,19 +164,22 @@ def compare(
     epochs: int,
     batch: int,
     head: Row,
-    sweep: Row,
+    sweep: Row | None,
 ) -> list[Row]:
-    """One method on one task: the sweep, then all seeds at once at the best rate, then the dev set."""
-    prepared, stage1, part = prepare(model, task, train_examples), Head(**head), Sweep(**sweep)
+    """One method on one task: the sweep of its rates, all seeds at once at the best rate, the dev set."""
+    prepared, stage1 = prepare(model, task, train_examples), Head(**head)
     count, at_once = len(prepared.train.labels), len(seeds)
     classifiers = heads(prepared, slice(0, count), seeds, stage1)
     program = glue_fit.program(prepared.base, {**METHODS, **VARIANTS}[method].recipe)
-    begin = time.perf_counter()
-    losses = swept(prepared, task, program, rates, at_once, batch, stage1, part)
-    taken = time.perf_counter() - begin
-    share = epochs * count / (math.ceil(len(rates) / at_once) * part.epochs * part.examples)
-    print(f"{task}, {method}: sweep {taken:.0f} s, so training takes about {taken * share:.0f} s", flush=True)
-    best = int(np.argmin(losses))
+    best, choice = 0, {}
+    if sweep:
+        part, begin = Sweep(**sweep), time.perf_counter()
+        losses = swept(prepared, task, program, rates, at_once, batch, stage1, part)
+        taken = time.perf_counter() - begin
+        share = epochs * count / (math.ceil(len(rates) / at_once) * part.epochs * part.examples)
+        print(f"{task}, {method}: sweep {taken:.0f} s, so training takes about {taken * share:.0f} s", flush=True)
+        best = int(np.argmin(losses))
+        choice = {"sweep": list(zip(rates, losses, strict=True)), "rate_at_edge": best in (0, len(rates) - 1)}
     begin = time.perf_counter()
     trainable, curve = trained(
         prepared,
@@ -186,9 +200,8 @@ def compare(
         | {
             "train_loss": [float(loss) for loss in curve[-(len(curve) // epochs) :].mean(0)],
             "dev_loss": cross_entropy(logits, prepared.dev.labels),
-            "sweep": [[rate, loss] for rate, loss in zip(rates, losses, strict=True)],
-            "rate_at_edge": best in (0, len(rates) - 1),
         }
+        | choice
     ]
 
 

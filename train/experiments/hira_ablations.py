@@ -141,10 +141,10 @@ def report(results: Row) -> str:
     parts = [
         f"""# HiRA's ablations
 
-{size} x {size} targets, entries of mean square 1; relative error (Frobenius) of the best of the starts, at each cell's
-own learning rate. `W0 x low rank` is W0 .* M with M of rank 4: what HiRA assumes of a task. `fine-tuning` is the
-difference that full fine-tuning makes to a perceptron's kernel, over that kernel (`digits`). The paper's ablation is of
-an 8 B model; this one is not."""
+{size} x {size} targets, entries of mean square 1; relative error (Frobenius) of the best start at each cell's own
+learning rate, that of the lowest mean over the starts. `W0 x low rank` is W0 .* M with M of rank 4: what HiRA assumes
+of a task. `fine-tuning` is the difference that full fine-tuning makes to a perceptron's kernel, over that kernel
+(`digits`). The paper's ablation is of an 8 B model; this one is not."""
     ]
     for rank in results["anchors"]["settings"]["ranks"]:
         rows = [row for row in results["anchors"]["rows"] if row["rank"] == rank]

@@ -168,8 +168,9 @@ def alphas(
 
 SCALINGS = {
     "alpha^2 / sqrt(r1 r2), the paper's": lambda alpha, r: hx.abba(2 * r, alpha=alpha),
-    "alpha / r, LoRA's": lambda alpha, r: hx.abba(2 * r, scale=alpha**2 / r**2),
-    "constant, the authors' code": lambda alpha, r: hx.abba(2 * r, scale=alpha**2),
+    "alpha / r": lambda alpha, r: hx.abba(2 * r, scale=alpha / r),
+    "(alpha / r)^2, LoRA's of each pair": lambda alpha, r: hx.abba(2 * r, scale=alpha**2 / r**2),
+    "alpha, the authors' code": lambda alpha, r: hx.abba(2 * r, scale=alpha),
 }
 
 
@@ -241,12 +242,12 @@ def report(results: Row) -> str:
     parts = [
         f"""# Reconstruction of a matrix at one budget
 
-{size} x {size} targets, entries of mean square 1; relative error (Frobenius) of the best of the starts at each cell's
-own learning rate. A method of rank r has r (in + out) parameters; LoRA's optimum at 2r has twice as many, which ABBA's
-paper says that ABBA matches. The frozen W0 is a normal matrix that knows nothing of the target, so HiRA and BoHA, which
-multiply it, have no reason to do well but on unstructured targets (for targets tied to W0 see `hira_ablations` and
-`boha_target`). fine-tuning is the difference that full fine-tuning makes to a perceptron's kernel, over that kernel
-(`digits`). Sizes, steps and rates are ours; nothing here is a paper's figure."""
+{size} x {size} targets, entries of mean square 1; relative error (Frobenius) of the best start at each cell's own
+learning rate, that of the lowest mean over the starts. A method of rank r has r (in + out) parameters; LoRA's optimum
+at 2r has twice as many, which ABBA's paper says that ABBA matches. The frozen W0 is a normal matrix that knows nothing
+of the target, so HiRA and BoHA, which multiply it, have no reason to do well but on unstructured targets (for targets
+tied to W0 see `hira_ablations` and `boha_target`). fine-tuning is the difference that full fine-tuning makes to a
+perceptron's kernel, over that kernel (`digits`). Sizes, steps and rates are ours; nothing here is a paper's figure."""
     ]
     for rank, part in budgets.items():
         count = rank * 2 * size

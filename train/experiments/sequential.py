@@ -9,7 +9,6 @@ reaches it. The starts, each with its own order of the records, and the learning
 """
 
 import functools
-import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import optax
 import hadamax as hx
 from train import cli, data, demo, pretrain, tasks
 from train.config import LINEAR, DataConfig, ModelConfig
-from train.experiments import common
+from train.experiments import common, retention
 from train.experiments.common import Row
 from train.run import load_base
 
@@ -129,28 +128,6 @@ def train(apply: Any, params: Any, factors: Any, rate: Any, order: jax.Array, ro
     return factors, losses.reshape(-1), jnp.concatenate([before[None], after])
 
 
-def crossing(curve: np.ndarray, level: float) -> float | None:
-    """The first accuracy is retained, the second learnt: the first one's value where the second first is `level`.
-
-    Between two points both are taken as straight.
-
-    Args:
-        curve: `[points, 2]`.
-
-    Example:
-        >>> crossing(np.array([[1.0, 0.0], [0.8, 0.5], [0.2, 1.0]]), 0.75), crossing(np.array([[1.0, 0.2]]), 0.5)
-        (0.5, None)
-    """
-    reached = np.flatnonzero(curve[:, 1] >= level)
-    if not reached.size:
-        return None
-    at = int(reached[0])
-    if at == 0:
-        return float(curve[0, 0])
-    share = (level - curve[at - 1, 1]) / (curve[at, 1] - curve[at - 1, 1])
-    return float(curve[at - 1, 0] + share * (curve[at, 0] - curve[at - 1, 0]))
-
-
 def sequence(
     method: str,
     rank: int,
@@ -171,7 +148,7 @@ def sequence(
     """
     base = load_base(ModelConfig(str(demo.BASE)))
     injection = hx.inject(dict.fromkeys(LINEAR, adapters(rank, blocks)[method]), view=base.model.view)
-    count = max(points) * every * batch  # every record is seen once
+    count = max(points) * every * batch  # no record is seen twice in a stage
     made = {family: records(family, 0, tests + count) for family in STAGES}
     held_out = {family: rows_of(base.tokenizer, made[family][:tests]) for family in STAGES}
     rows = {family: rows_of(base.tokenizer, made[family][tests:]) for family in STAGES}
@@ -186,62 +163,24 @@ def sequence(
         over_rates = _jit(jax.vmap(over_seeds, (None, None, 0, None, None)))
         return over_rates(params, factors, jnp.asarray(rates[stage]), jnp.asarray(order), rows[STAGES[stage]])
 
-    def best(stage: int, losses: jax.Array) -> tuple[int, list[list[float]]]:
-        """The rate of the lowest loss over the last quarter of the steps, on records not seen before."""
-        means = np.nan_to_num(np.asarray(losses)[:, :, -(losses.shape[-1] // 4) :].mean((1, 2)), nan=np.inf)
-        return int(means.argmin()), [[rate, float(mean)] for rate, mean in zip(rates[stage], means, strict=True)]
+    def read(stage: int, way: str, losses: jax.Array, curves: jax.Array, levels: Sequence[float] = ()) -> Any:
+        """The rate is that of the lowest loss over the last quarter of the steps, on records not seen before."""
+        means = np.asarray(losses)[:, :, -(losses.shape[-1] // 4) :].mean((1, 2))
+        return retention.rows_of(method, way, size, rates[stage], means, np.asarray(curves, np.float64), levels)
 
     keys = jax.random.split(jax.random.key(0), 2 * seeds)
     init = _jit(jax.vmap(injection.init, (0, None)))
     factors, losses, curves = run(0, base.params, init(keys[:seeds], base.params), False)
-    chosen, sweep = best(0, losses)
     size = sum(leaf.size for leaf in jax.tree.leaves(factors)) // (len(rates[0]) * seeds)
-    curve = np.asarray(curves, np.float64)[chosen]
-    result: list[Row] = [
-        {"method": method, "way": "stage 1", "parameters": size, "rate": rates[0][chosen], "sweep": sweep}
-        | {"rate_at_edge": chosen in (0, len(rates[0]) - 1), "first": spread(curve[:, -1, 0])}
-        | {"second": spread(curve[:, -1, 1]), "curve": curve.mean(0).tolist()}
-    ]
+    chosen, found = read(0, "stage 1", losses, curves)
+    result = [found[chosen]]
     factors = jax.tree.map(lambda leaf: leaf[chosen], factors)
     merged = _jit(jax.vmap(injection.merge, (None, 0)))(base.params, factors)
     fresh = _jit(jax.vmap(injection.init))(keys[seeds:], merged)
     for way, params, start in (("continued", base.params, factors), ("merged, fresh", merged, fresh)):
         _, losses, curves = run(1, params, start, way != "continued")
-        chosen, sweep = best(1, losses)
-        for at, rate in enumerate(rates[1]):
-            curve = np.asarray(curves, np.float64)[at]
-            result.append(
-                {"method": method, "way": way, "parameters": size, "rate": rate, "chosen": at == chosen}
-                | ({"sweep": sweep, "rate_at_edge": at in (0, len(rates[1]) - 1)} if at == chosen else {})
-                | {"first": spread(curve[:, -1, 0]), "second": spread(curve[:, -1, 1])}
-                | {"matched": {str(level): matched(curve, level) for level in levels}}
-                | {"curve": curve.mean(0).tolist()}
-            )
+        result += read(1, way, losses, curves, levels)[1]
     return result
-
-
-def spread(values: Sequence[float] | np.ndarray) -> Row:
-    """Mean, standard deviation and the values."""
-    values = np.asarray(values, np.float64)
-    return {
-        "mean": float(values.mean()),
-        "std": float(values.std(ddof=min(1, values.size - 1))),
-        "all": values.tolist(),
-    }
-
-
-def matched(curves: np.ndarray, level: float) -> Row:
-    """What is left of the first family where the second is at `level`: accuracy, and its ratio to that before.
-
-    Args:
-        curves: `[seeds, points, 2]`, from the beginning of stage 2.
-    """
-    found = [(crossing(curve, level), curve[0, 0]) for curve in curves]
-    left = [(value, value / before if before else np.nan) for value, before in found if value is not None]
-    if not left:
-        return {"reached": 0}
-    absolute, relative = zip(*left, strict=True)
-    return {"reached": len(left), "absolute": spread(absolute), "relative": spread(relative)}
 
 
 SETTINGS = {
@@ -259,83 +198,16 @@ LOWER = [3e-4, 1e-3, 3e-3]
 RATES = {  # of each stage
     "LoRA": [ADDITIVE, LOWER],
     "GraLoRA": [ADDITIVE, LOWER],
-    "ABBA": [[3e-3, 1e-2, 3e-2], ADDITIVE],
+    "ABBA": [LOWER, [1e-4, 3e-4, 1e-3]],
     "HiRA": [COUPLED, [3e-3, 1e-2, 3e-2]],
     "BoHA": [COUPLED, [3e-3, 1e-2, 3e-2]],
 }
 PARTS = {name: (sequence, {"method": name, "rates": rates} | SETTINGS) for name, rates in RATES.items()}
-CONTROLS = ("LoRA", "GraLoRA")
-WAYS = ("continued", "merged, fresh")
-
-
-def chosen_rows(results: Row, way: str) -> list[Row]:
-    """Of each method, the row of stage 1 or that of the chosen rate of stage 2."""
-    return [row for part in results.values() for row in part["rows"] if row["way"] == way and row.get("chosen", True)]
-
-
-def keeping_rows(results: Row, way: str, level: float, seeds: int) -> list[Row]:
-    """Of each method, the row of the rate that keeps most of the first family where every start reaches the level."""
-    rows = []
-    for part in results.values():
-        found = [row for row in part["rows"] if row["way"] == way and reaches(row, level, seeds)]
-        rows += [max(found, key=lambda row: row["matched"][str(level)]["absolute"]["mean"])] if found else []
-    return rows
-
-
-def reaches(row: Row, level: float, seeds: int) -> bool:
-    return row["matched"][str(level)]["reached"] == seeds
-
-
-def percent(value: Row | None) -> str | None:
-    """Mean and standard deviation over the starts, in per cent."""
-    return None if not value else f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
-
-
-def at_level(row: Row, level: float, seeds: int) -> list[Any]:
-    """Left, absolute and relative, and in how many starts the level was reached; dashes where not in all."""
-    found, whole = row["matched"][str(level)], reaches(row, level, seeds)
-    return [
-        *(percent(found[kind]) if whole else None for kind in ("absolute", "relative")),
-        f"{found['reached']}/{seeds}",
-    ]
 
 
 def report(results: Row) -> str:
     settings = next(iter(results.values()))["settings"]
-    seeds, levels = settings["seeds"], settings["levels"]
-    level = levels[-1]
-    parts = []
-    rows = [
-        (row["method"], row["parameters"], row["rate"], percent(row["first"]), percent(row["second"]))
-        for row in chosen_rows(results, "stage 1")
-    ]
-    head = ("method", "parameters", "rate", "order", "length")
-    parts.append(f"## After stage 1, %\n\n{common.table(rows, head)}")
-    choices = {
-        "the rate of the lowest loss": chosen_rows,
-        "the rate that keeps most": functools.partial(keeping_rows, level=level, seeds=seeds),
-    }
-    for way, (name, choose) in itertools.product(WAYS, choices.items()):
-        chosen = choose(results, way)
-        rows = [
-            [row["method"], row["rate"], *at_level(row, level, seeds), percent(row["second"]), percent(row["first"])]
-            for row in chosen
-        ]
-        head = ("method", "rate", f"order at {level:.0%} of length", "share of stage 1", "starts that reach it")
-        table = common.table(rows, (*head, "length at the end", "order at the end"))
-        parts.append(f"## Stage 2, {way}, at {name}, %\n\n{table}\n\n{against(chosen, level, seeds)}")
-    rows = [
-        [row["method"], row["way"], row["rate"], "yes" if row["chosen"] else ""]
-        + [at_level(row, one, seeds)[0] for one in levels]
-        for way in WAYS
-        for part in results.values()
-        for row in part["rows"]
-        if row["way"] == way
-    ]
-    head = ("method", "stage 2", "rate", "chosen", *(f"order at {one:.0%}" for one in levels))
-    title = "## Every rate of stage 2: what is left where the second family is learnt so far, %"
-    parts.append(f"{title}\n\n{common.table(rows, head)}")
-    sections = "\n\n".join(parts)
+    seeds, level = settings["seeds"], settings["levels"][-1]
     return f"""# Sequential adaptation: words about order, then words about length
 
 The demo's decoder (0.8 M parameters) learns two new words for changes of a string's order ("Encrypt.", reverse and
@@ -350,39 +222,11 @@ W0. The second family and the rates of stage 2 were set after looking at runs of
 was not learnt in so many steps, and stage 1's rates left nothing of the first family. A toy: two families of one small
 decoder and a protocol of ours (the paper's is not public), so nothing here is the paper's result.
 
-{sections}"""
-
-
-def against(rows: Sequence[Row], level: float, seeds: int) -> str:
-    """The other methods less the mean of the controls, in points, with the difference's standard error over starts."""
-    left = {row["method"]: row["matched"][str(level)]["absolute"] for row in rows if reaches(row, level, seeds)}
-    controls = [left.pop(name) for name in CONTROLS if name in left]
-    if len(controls) < len(CONTROLS):
-        return "Not every control reaches the level in every start, so there is no mean of the controls."
-    mean = sum(found["mean"] for found in controls) / len(controls)
-    variance = sum(found["std"] ** 2 for found in controls) / len(controls) ** 2
-    gaps = ", ".join(
-        f"{name} {100 * (found['mean'] - mean):+.1f} ± {100 * math.sqrt((found['std'] ** 2 + variance) / seeds):.1f}"
-        for name, found in left.items()
-    )
-    return f"Less the mean of the controls ({100 * mean:.1f} %), in points, ± standard error: {gaps}."
-
-
-def draw(figure: Any, results: Row) -> None:
-    figure.set_size_inches(9, 4)
-    for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS, strict=True):
-        for row in chosen_rows(results, way):
-            first, second = zip(*row["curve"], strict=True)
-            style = "--" if row["method"] in CONTROLS else "-"
-            axes.plot(second, first, style, marker=".", label=row["method"])
-        axes.set(xlabel="accuracy on length (stage 2)", title=way)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("accuracy on order (stage 1)")
-    figure.axes[0].legend()
+{retention.sections(results, "order", "length")}"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    common.main("sequential", PARTS, report, draw, argv)
+    common.main("sequential", PARTS, report, functools.partial(retention.draw, first="order", second="length"), argv)
 
 
 if __name__ == "__main__":
