@@ -22,7 +22,8 @@ class Interrupted(Exception):
 
 def main(program: Callable[[Sequence[str] | None], object]) -> NoReturn:
     """The whole of a `__main__`: quietens what orbax says besides the error it raises, runs, exits."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # When several reads or writes fail, those after the first find their event loop closed.
     show = sys.unraisablehook
     sys.unraisablehook = lambda what: None if "Event loop is closed" in str(what.exc_value) else show(what)

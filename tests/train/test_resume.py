@@ -17,7 +17,7 @@ import pytest
 import hadamax as hx
 from hadamax import hf
 from hadamax.checkpoint import Checkpoints
-from train import evaluate, export, metrics
+from train import evaluate, export, metrics, optim
 from train.config import EvaluateConfig, UsageError
 from train.finetune import finetune, main
 from train.resume import identity
@@ -30,13 +30,31 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+UPHILL = 0.5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uphill():
+    """Runs at the rate `UPHILL` climb, so that their first step is the best."""
+    down = optim.learning_rates
+
+    def rates(trainable, adapters, config):
+        found = down(trainable, adapters, config)
+        climbs = jax.tree.map(lambda rate: -rate if config.lr == UPHILL else rate, found["adapters"])
+        return found | {"adapters": climbs}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "learning_rates", rates)
+        yield
+
+
 @pytest.fixture(scope="module")
 def four_steps(configure, tmp_path_factory):
     """A run of four steps, each evaluated and kept: its folder, its configuration's sections and its result."""
     out = tmp_path_factory.mktemp("resume") / "run"
     sections = {
         "run": {"eval_every": 1, "save_every": 1, "keep": 9, "log_every": 1},
-        "optim": {"lr": -0.5},  # climbs, so that the first step is the best
+        "optim": {"lr": UPHILL},
         "adapter": {"train_base": ["norm/scale"]},
     }
     return out, sections, finetune(configure(out, **sections))

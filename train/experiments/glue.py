@@ -187,12 +187,14 @@ def draw(figure: Any, results: Row) -> None:
     panels = figure.subplots(2, 3).flatten()
     for axes, (task, form) in zip(panels, TASKS.items(), strict=False):
         for row in rows_of(results, task, list(METHODS)):
-            axes.errorbar(row["trainable"], row["mean"], row["std"], fmt="o", capsize=3, label=row["method"])
+            style = {"fmt": "o", "capsize": 3, "color": f"C{list(METHODS).index(row['method'])}"}
+            axes.errorbar(row["trainable"], row["mean"], row["std"], label=row["method"], **style)
         for row in rows_of(results, task, ["classifier alone"]):
             axes.axhline(row["mean"], color="gray", linestyle=":", label="classifier alone")
         axes.set(title=task, xlabel="trainable parameters", ylabel=form.metric, xscale="log")
     for at, task in enumerate(ANALYSED):
-        rows = rows_of(results, task, ["layers"])
+        if not (rows := rows_of(results, task, ["layers"])):
+            continue
         panels[3].errorbar(
             [len(row["layers"]) for row in rows],
             [row["mean"] for row in rows],
@@ -212,6 +214,7 @@ def draw(figure: Any, results: Row) -> None:
         axes.set(title=f"cosine of {kind}", xlabel="layer", ylim=(-1, 1))
     for axes in panels:
         axes.grid(alpha=0.3)
+        axes.set_visible(axes.has_data())  # of what has been run
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
 
