@@ -244,8 +244,6 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         "train_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "eval_loss_first": losses[0] if losses else None,
         "eval_loss_last": losses[-1] if losses else None,
-        "eval_loss_best": best.loss,
-        "best_step": best.step,
     }
     size = sum(leaf.size for leaf in jax.tree.leaves(state.trainable)) // (count or 1)  # of one adapter
     total = sum(leaf.size for leaf in paths.leaves(base.params).values())
@@ -258,7 +256,9 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         "steps": step,
         "skipped_steps": int(skipped.sum()),
         **(meter.rates(trained, seconds) if trained else {"tokens_per_second": None}),
-        **(one if count is None else group.summary(lines, skipped)),
+        **(one if count is None else group.summary(lines, skipped, best.step)),
+        "eval_loss_best": best.loss,
+        "best_step": best.step,
         "records": len(encoded.examples),
         "records_cut": encoded.truncated,
         "records_left_out": encoded.dropped,

@@ -173,8 +173,10 @@ class Group:
             raise hx.ConfigError(f"{where}, --member {member}, was left out: {failed}")
         return member
 
-    def summary(self, lines: Sequence[dict[str, Any]], skipped: Any) -> dict[str, Any]:
-        """A row for each member from the lines of metrics.jsonl, and the figures of the best one."""
+    def summary(self, lines: Sequence[dict[str, Any]], skipped: Any, best_step: int | None) -> dict[str, Any]:
+        """A row for each member from the lines of metrics.jsonl, the last figures of the best one, and which member's
+        loss was the run's lowest, at `best_step`: the one that `--step best` takes.
+        """
         rows = []
         for i, member in enumerate(self.members):
             losses = [(line["eval_loss"][i], line["step"]) for line in lines if "eval_loss" in line]
@@ -195,6 +197,14 @@ class Group:
                 }
             )
         best = self.best()
-        names = ("train_loss", "eval_loss_first", "eval_loss_last", "eval_loss_best", "best_step")
+        names = ("train_loss", "eval_loss_first", "eval_loss_last")
         own = {name: None if best is None else rows[best][name] for name in names}
-        return {"adapters": len(rows), "best_member": best, **own, "members": rows}
+        at_best = [row for row in rows if row["eval_loss_best"] is not None and row["best_step"] == best_step]
+        lowest = min(at_best, key=lambda row: row["eval_loss_best"], default={"member": None})
+        return {
+            "adapters": len(rows),
+            "best_member": best,
+            "best_step_member": lowest["member"],
+            **own,
+            "members": rows,
+        }

@@ -2,10 +2,11 @@
 
     python -m train.experiments.glue [--only 'RTE*']
 
-MiniLM (6 layers, width 384; HADAMAX_ENCODER names another BERT or RoBERTa) as a classifier; the data are read in place
-(HADAMAX_DATA). Stage 1 trains the classifier alone, the same for all methods of a seed; stage 2 trains what the method
-names, the classifier frozen. The learning rate is the one of the lowest held-out loss after a short training on a part
-of SST-2's training set; the dev sets are only reported. Float32, no dropout, no weight decay.
+MiniLM (6 layers, width 384) as a classifier; HADAMAX_ENCODER names another BERT or RoBERTa, whose results want a folder
+of their own (--out). The data are read in place (HADAMAX_DATA). Stage 1 trains the classifier alone, the same for all
+methods of a seed; stage 2 trains what the method names, the classifier frozen. The learning rate is the one of the
+lowest held-out loss after a short training on a part of SST-2's training set; the dev sets are only reported. Float32,
+no dropout, no weight decay.
 """
 
 import os
@@ -70,9 +71,12 @@ for _task in ANALYSED:
     PARTS |= _compared(_task, VARIANTS)
     PARTS[f"{_task}, layers"] = (
         layers,
-        {"task": _task, "rates": METHODS[HADAMARD].rates, "judged_by": 512, "epochs": EPOCHS[_task]} | SIZES | SWEEP,
+        {"task": _task, "rate": RATES[HADAMARD], "judged_by": 512, "epochs": EPOCHS[_task]} | SIZES,
     )
-PARTS["similarity"] = (similarity, {"tasks": list(TASKS), "rate": 1e-2, "epochs": 2} | SIZES | {"train_examples": 512})
+PARTS["similarity"] = (
+    similarity,
+    {"tasks": list(TASKS), "rate": RATES[HADAMARD], "epochs": 2} | SIZES | {"train_examples": 512},
+)
 
 
 def rows_of(results: Row, task: str, names: Sequence[str]) -> list[Row]:

@@ -12,9 +12,9 @@ import numpy as np
 from train.experiments import glue_fit
 from train.experiments.common import Row
 from train.experiments.glue_data import TASKS
-from train.experiments.glue_fit import Step, epoch_of, fit, predict
+from train.experiments.glue_fit import Step, epoch_of, predict, to_end, walk
 from train.experiments.glue_methods import HADAMARD, METHODS
-from train.experiments.glue_study import Head, Sweep, cross_entropy, heads, prepare, row, scores_of, swept, trained
+from train.experiments.glue_study import Head, cross_entropy, heads, prepare, row, scores_of, trained
 
 
 def of_layers(trainable: Any, kept: np.ndarray) -> Any:
@@ -29,13 +29,12 @@ def of_layers(trainable: Any, kept: np.ndarray) -> Any:
 def layers(
     model: str,
     task: str,
-    rates: list[float],
+    rate: float,
     train_examples: int,
     seeds: list[int],
     epochs: int,
     batch: int,
     head: Row,
-    sweep: Row,
     judged_by: int,
 ) -> list[Row]:
     """Fewer and fewer layers with an adapter and a trained norm.
@@ -48,8 +47,6 @@ def layers(
     everything, widths = slice(0, len(prepared.train.labels)), TASKS[task].widths
     classifiers = heads(prepared, everything, seeds, stage1)
     program = glue_fit.program(prepared.base, METHODS[HADAMARD].recipe)
-    losses = swept(prepared, task, program, rates, len(seeds), batch, stage1, Sweep(**sweep))
-    rate = rates[int(np.argmin(losses))]
     start, _ = program.start(jax.numpy.stack([jax.random.key(seed) for seed in seeds]), classifiers)
     count = jax.tree.leaves(start)[0].shape[1]
     some = prepared.train.take(slice(0, judged_by))
@@ -139,7 +136,7 @@ def similarity(
     steps = epochs * sum(math.ceil(len(data[task].train.labels) / batch) for task in tasks)
     feed = itertools.chain.from_iterable(epoch(number) for number in range(epochs))
     begin = time.perf_counter()
-    found["shared"], _ = fit(program, feed, steps, classifiers[tasks[0]], **chosen)
+    found["shared"], _ = to_end(walk(program, feed, steps, classifiers[tasks[0]], **chosen))
     seconds["shared"] = time.perf_counter() - begin
 
     rows = []

@@ -137,17 +137,29 @@ class Program(NamedTuple):
     """A recipe as functions over K trainings: arguments lead with K, but for `share`, `weights` and `predict`'s texts.
 
     Attributes:
-        start: `(keys, classifiers) -> (trainable, state)`.
-        step: `(trainable, state, classifiers, rates, scale, share, batch, weights) -> (trainable, state, losses [K])`;
-            the first two are given up. `scale` multiplies the gradients: a tree like `trainable`, or None for 1.
-        predict: `(trainable, classifiers, ids, types, lengths) -> logits [K, B, 2]`.
+        params: of the frozen base; others of the same shapes can replace them and nothing compiles anew.
+        compiled: the three functions, parameters first.
         trainable: how many numbers one training trains.
     """
 
-    start: Any
-    step: Any
-    predict: Any
+    params: Any
+    compiled: tuple[Any, Any, Any]
     trainable: int
+
+    def start(self, keys: Any, classifiers: Any) -> tuple[Any, Any]:
+        """What trains, and the optimiser's state."""
+        return self.compiled[0](self.params, keys, classifiers)
+
+    def step(self, trainable: Any, state: Any, *args: Any) -> tuple[Any, Any, Any]:
+        """`(trainable, state, classifiers, rates, scale, share, batch, weights) -> (trainable, state, losses [K])`.
+
+        The first two are given up. `scale` multiplies the gradients: a tree like `trainable`, or None for 1.
+        """
+        return self.compiled[1](self.params, trainable, state, *args)
+
+    def predict(self, trainable: Any, classifiers: Any, ids: Any, types: Any, lengths: Any) -> Any:
+        """Logits `[K, B, 2]`."""
+        return self.compiled[2](self.params, trainable, classifiers, ids, types, lengths)
 
 
 def program(base: Base, recipe: Recipe) -> Program:
@@ -189,18 +201,8 @@ def program(base: Base, recipe: Recipe) -> Program:
     stepped = jax.vmap(step, (None, 0, 0, 0, 0, 0, None, 0, None))
     predicted = jax.vmap(logits, (None, 0, 0, None, None, None))
     shapes = jax.eval_shape(init, params, jax.random.key(0), params["params"]["classifier"])[0]
-    return Program(
-        functools.partial(_jit(jax.vmap(init, (None, 0, 0))), params),
-        functools.partial(_jit(stepped, donate_argnums=(1, 2)), params),
-        functools.partial(_jit(predicted), params),
-        size(shapes),
-    )
-
-
-def rebased(program: Program, params: Any) -> Program:
-    """The same program, compiled once for both, over other parameters of the same shapes."""
-    parts = {name: functools.partial(getattr(program, name).func, params) for name in ("start", "step", "predict")}
-    return program._replace(**parts)
+    compiled = _jit(jax.vmap(init, (None, 0, 0))), _jit(stepped, donate_argnums=(1, 2)), _jit(predicted)
+    return Program(params, compiled, size(shapes))
 
 
 def share(step: int, steps: int, warmup: float = 0.1) -> float:
@@ -261,10 +263,11 @@ def walk(
         yield trainable, loss
 
 
-def fit(*args: Any, **kwargs: Any) -> tuple[Any, np.ndarray]:
-    """`walk` to its end: what was trained, and the losses `[steps, K]`."""
+def to_end(steps: Iterable[tuple[Any, jax.Array]]) -> tuple[Any, np.ndarray]:
+    """Of `walk`'s steps, all of them taken: what was trained, and the losses `[steps, K]`."""
     trainable, losses = None, []
-    for trainable, loss in walk(*args, **kwargs):  # noqa: B007 (the last one)
+    for now, loss in steps:
+        trainable = now
         losses.append(loss)
     return trainable, np.asarray(jnp.stack(losses))
 

@@ -12,7 +12,7 @@ import numpy as np
 from train.experiments import glue_fit
 from train.experiments.common import Row
 from train.experiments.glue_data import TASKS, Examples, encode, read, score
-from train.experiments.glue_fit import Program, epoch_of, fit, predict
+from train.experiments.glue_fit import Program, epoch_of, predict, to_end, walk
 from train.experiments.glue_methods import METHODS, VARIANTS
 
 
@@ -69,11 +69,11 @@ def trained(
     batch: int,
     **of: Any,
 ) -> tuple[Any, np.ndarray]:
-    """Stage 2 on some of the training examples; `of` as for `glue_fit.fit`."""
+    """Stage 2 on some of the training examples; `of` as for `glue_fit.walk`."""
     data, widths = prepared.train.take(rows), TASKS[task].widths
     steps = epochs * math.ceil(len(data.lengths) / batch)
     feed = (step for epoch in range(epochs) for step in epoch_of(data, widths, batch, of["seeds"], epoch, classifiers))
-    return fit(program, feed, steps, classifiers, **of)
+    return to_end(walk(program, feed, steps, classifiers, **of))
 
 
 def swept(

@@ -52,7 +52,7 @@ def spread(values: Sequence[float] | np.ndarray) -> Row:
 
 
 def matched(curves: np.ndarray, level: float) -> Row:
-    """What is left of the first family where the second is at `level`: accuracy, and its ratio to that before.
+    """What is left of the first task where the second is at `level`: accuracy, and its ratio to that before.
 
     Args:
         curves: `[seeds, points, 2]`, from the beginning of stage 2.
@@ -101,17 +101,18 @@ def chosen_rows(results: Row, way: str) -> list[Row]:
     return [row for part in results.values() for row in part["rows"] if row["way"] == way and row.get("chosen", True)]
 
 
-def keeping_rows(results: Row, way: str, level: float, seeds: int) -> list[Row]:
-    """Of each method, the row of the rate that keeps most of the first family where every start reaches the level."""
+def keeping_rows(results: Row, way: str, level: float) -> list[Row]:
+    """Of each method, the row of the rate that keeps most, of the rates at which every start reaches the level."""
     rows = []
     for part in results.values():
-        found = [row for row in part["rows"] if row["way"] == way and reaches(row, level, seeds)]
+        found = [row for row in part["rows"] if row["way"] == way and reaches(row, level)]
         rows += [max(found, key=lambda row: row["matched"][str(level)]["absolute"]["mean"])] if found else []
     return rows
 
 
-def reaches(row: Row, level: float, seeds: int) -> bool:
-    return row["matched"][str(level)]["reached"] == seeds
+def reaches(row: Row, level: float) -> bool:
+    """Whether every start reaches the level in the second task."""
+    return row["matched"][str(level)]["reached"] == len(row["first"]["all"])
 
 
 def percent(value: Row | None) -> str | None:
@@ -119,12 +120,12 @@ def percent(value: Row | None) -> str | None:
     return None if not value else f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
 
 
-def at_level(row: Row, level: float, seeds: int) -> list[Any]:
+def at_level(row: Row, level: float) -> list[Any]:
     """Left, absolute and relative, and in how many starts the level was reached; dashes where not in all."""
-    found, whole = row["matched"][str(level)], reaches(row, level, seeds)
+    found, whole = row["matched"][str(level)], reaches(row, level)
     return [
         *(percent(found[kind]) if whole else None for kind in ("absolute", "relative")),
-        f"{found['reached']}/{seeds}",
+        f"{found['reached']}/{len(row['first']['all'])}",
     ]
 
 
@@ -132,14 +133,11 @@ def sections(results: Row, first: str, second: str) -> str:
     """The tables in Markdown: after stage 1, both ways of stage 2, and every rate of it.
 
     Args:
-        results: of each part its settings (`seeds`, `levels`) and rows.
+        results: of each part its settings (`levels`) and rows.
         first, second: what the tasks are called.
     """
-    settings = next(iter(results.values()))["settings"]
-    levels = settings["levels"]
-    seeds = settings["seeds"] if isinstance(settings["seeds"], int) else len(settings["seeds"])
-    level = levels[-1]
-    parts = []
+    levels = next(iter(results.values()))["settings"]["levels"]
+    level, parts = levels[-1], []
     rows = [
         (row["method"], row["parameters"], row["rate"], percent(row["first"]), percent(row["second"]))
         for row in chosen_rows(results, "stage 1")
@@ -148,20 +146,20 @@ def sections(results: Row, first: str, second: str) -> str:
     parts.append(f"## After stage 1, %\n\n{common.table(rows, head)}")
     choices = {
         "the rate of the lowest loss": chosen_rows,
-        "the rate that keeps most": functools.partial(keeping_rows, level=level, seeds=seeds),
+        "the rate that keeps most": functools.partial(keeping_rows, level=level),
     }
     for way, (name, choose) in itertools.product(WAYS, choices.items()):
         chosen = choose(results, way)
         rows = [
-            [row["method"], row["rate"], *at_level(row, level, seeds), percent(row["second"]), percent(row["first"])]
+            [row["method"], row["rate"], *at_level(row, level), percent(row["second"]), percent(row["first"])]
             for row in chosen
         ]
         head = ("method", "rate", f"{first} at {level:.0%} of {second}", "share of stage 1", "starts that reach it")
         table = common.table(rows, (*head, f"{second} at the end", f"{first} at the end"))
-        parts.append(f"## Stage 2, {way}, at {name}, %\n\n{table}\n\n{against(chosen, level, seeds)}")
+        parts.append(f"## Stage 2, {way}, at {name}, %\n\n{table}\n\n{against(chosen, level)}")
     rows = [
         [row["method"], row["way"], row["rate"], "yes" if row["chosen"] else ""]
-        + [at_level(row, one, seeds)[0] for one in levels]
+        + [at_level(row, one)[0] for one in levels]
         for way in WAYS
         for part in results.values()
         for row in part["rows"]
@@ -173,26 +171,24 @@ def sections(results: Row, first: str, second: str) -> str:
     return "\n\n".join(parts)
 
 
-def against(rows: Sequence[Row], level: float, seeds: int) -> str:
+def against(rows: Sequence[Row], level: float) -> str:
     """The other methods less the mean of the controls, in points, with the standard error of the difference.
 
     Start for start: all methods have the same starts and the same order of records.
     """
     left = {
-        row["method"]: np.array(row["matched"][str(level)]["absolute"]["all"])
-        for row in rows
-        if reaches(row, level, seeds)
+        row["method"]: np.array(row["matched"][str(level)]["absolute"]["all"]) for row in rows if reaches(row, level)
     }
     controls = [left.pop(name) for name in CONTROLS if name in left]
     if len(controls) < len(CONTROLS):
         return "Not every control reaches the level in every start, so there is no mean of the controls."
     mean = np.mean(controls, 0)
-    gaps = ", ".join(
-        f"{name} {100 * gap.mean():+.1f} ± {100 * gap.std(ddof=min(1, seeds - 1)) / math.sqrt(seeds):.1f}"
-        for name, gap in ((name, found - mean) for name, found in left.items())
+    gaps = {name: spread(found - mean) for name, found in left.items()}
+    shown = ", ".join(
+        f"{name} {100 * gap['mean']:+.1f} ± {100 * gap['std'] / math.sqrt(mean.size):.1f}" for name, gap in gaps.items()
     )
     whole = f"Less the mean of the controls ({100 * mean.mean():.1f} %)"
-    return f"{whole}, in points, ± standard error, start for start: {gaps}."
+    return f"{whole}, in points, ± standard error, start for start: {shown}."
 
 
 def draw(figure: Any, results: Row, first: str, second: str) -> None:

@@ -20,19 +20,10 @@ from train import cli
 from train.experiments import common, glue, glue_fit, retention
 from train.experiments.common import Row
 from train.experiments.glue_data import TASKS, Examples
-from train.experiments.glue_fit import Program, Recipe, epoch_of, first_tokens, fit_heads, predict, rebased, walk
+from train.experiments.glue_fit import Program, Recipe, epoch_of, first_tokens, fit_heads, predict, walk
 from train.experiments.glue_methods import QUERY_VALUE
 from train.experiments.glue_study import Head, Prepared, cross_entropy, prepare, scores_of
-
-
-def adapters(rank: int, blocks: int) -> dict[str, hx.Adapter]:
-    """Every method at LoRA's budget."""
-    return {
-        "LoRA": hx.lora(rank),
-        "GraLoRA": hx.gralora(rank, blocks),
-        "HiRA": hx.hira(rank),
-        "BoHA": hx.boha(rank, blocks),
-    }
+from train.experiments.sequential import adapters
 
 
 class Part(NamedTuple):
@@ -165,7 +156,7 @@ def sequence(
         merged = injection.merge(base.params, factors["adapters"])
         heads = [first, parts[1].heads(merged, seed, Head(**head))]
         ways["continued"].append(run(1, program, heads, seed, factors))
-        ways["merged, fresh"].append(run(1, rebased(program, merged), heads, seed + len(seeds)))
+        ways["merged, fresh"].append(run(1, program._replace(params=merged), heads, seed + len(seeds)))
     for way, runs in ways.items():
         result += read(1, way, runs, levels)[1]
     return result
@@ -195,6 +186,7 @@ ADDITIVE, COUPLED = [1e-3, 3e-3, 1e-2], [1e-2, 3e-2, 1e-1]
 RATES = {  # of each stage
     "LoRA": [ADDITIVE, ADDITIVE],
     "GraLoRA": [ADDITIVE, ADDITIVE],
+    "ABBA": [ADDITIVE, ADDITIVE],
     "HiRA": [COUPLED, COUPLED],
     "BoHA": [COUPLED, COUPLED],
 }
@@ -210,7 +202,7 @@ def report(results: Row) -> str:
 then as many of {second} for {settings["epochs"][1]}. Every method has LoRA's budget (rank {settings["rank"]}) on
 queries and values and {len(settings["seeds"])} starts, each with an order of its own. Each task has its own classifier,
 trained on the encoder as its stage begins and frozen then. Scores on {settings["dev_examples"]} of each dev set
-(accuracy of SST-2 and RTE, Matthews' correlation of CoLA), mean ± standard deviation over the starts. Rates, three for
+(accuracy of SST-2, Matthews' correlation of CoLA), mean ± standard deviation over the starts. Rates, three for
 each stage, are chosen by the loss of {settings["held_out"]} held-out training examples at the end; the tables have that
 one and the one that keeps most (chosen by what it keeps, so a bound). Matched: the score in the first task where that
 in the second first is {settings["levels"][-1]:.0%}, straight between {settings["points"][1]} evaluations; a dash where
