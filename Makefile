@@ -1,7 +1,8 @@
 # make demo: fine-tune the shipped base with several adapters and print the table (at most 4 minutes on 2 CPU cores).
 # make test: lint, types, doctests, test suite. Both install into .venv first, once; PYTHON chooses the interpreter.
 # make experiments: every experiment of train/experiments into benchmarks/results, or one: EXPERIMENT=boha_target. Parts
-#   that the results hold already are not run again; each file of results says how many seconds its parts took.
+#   that the results hold already are not run again (ARGS=--fresh runs them too); each file of results says how many
+#   seconds its parts took.
 # make notebooks: runs the notebooks and keeps their outputs in them, or one: NOTEBOOK=notebooks/tour.ipynb.
 # make test-flax: Hugging Face's own Flax models, gone from transformers 5, in a second environment. CI runs both tests.
 PYTHON ?= python3
@@ -20,6 +21,7 @@ PYTEST ?= $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes, 2.3 GiB"
 	$(BIN)/python -m pip install --quiet --editable '.[train,experiments,test]'
 	touch $(STAMP)
 
@@ -32,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/python -m train.demo
 
 experiments: $(STAMP)
-	set -e; for name in $(EXPERIMENT); do $(BIN)/python -m train.experiments.$$name; done
+	set -e; for name in $(EXPERIMENT); do $(BIN)/python -m train.experiments.$$name $(ARGS); done
 
 notebooks: $(STAMP)
 	$(BIN)/python -m notebooks.execute $(NOTEBOOK)

@@ -28,6 +28,12 @@ def test_the_ten_lines_of_the_readme_run():
     chex.assert_trees_all_close(scope["merged"], scope["params"])
 
 
+def test_adapters_by_vmap_as_the_readme_shows():
+    blocks, scope = python_blocks("README.md"), {}
+    exec("\n".join([blocks[0], next(block for block in blocks if "jax.vmap" in block)]), scope)
+    chex.assert_shape(scope["losses"], (4,))
+
+
 def test_the_worked_example_of_contributing_is_a_method(x64):
     scope = {"jax": jax, "jnp": jnp}
     exec(python_blocks("CONTRIBUTING.md")[0], scope)

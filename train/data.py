@@ -75,7 +75,8 @@ def read_records(path: str | Path) -> list[Record]:
                 try:
                     values.append((f"{path}:{number}", json.loads(line)))
                 except json.JSONDecodeError as error:
-                    message = f"malformed JSON: {error.msg} (column {error.colno}); a line holds one record"
+                    message = f"malformed JSON: {error.msg} (column {error.colno})"
+                    message += "; give a record a line (JSON Lines), or one JSON list"
                     raise DataError(f"{path}:{number}: {message}") from None
     if not values:
         raise DataError(f"{path} holds no records")

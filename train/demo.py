@@ -5,6 +5,7 @@ and was never shown the two steps together (train/tasks.py). Training and test w
 same records, steps and targets, and its own default learning rate (train/optim.py).
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -91,6 +92,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    description = (__doc__ or "").partition(": ")[2]
+    argparse.ArgumentParser(prog="python -m train.demo", description=description).parse_args(argv)
     start = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     train, test = tasks.write(OUT / "data")
@@ -104,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, results = [], {}
     for name in METHODS:
         began = time.perf_counter()
+        print(f"--- {len(rows) + 1} of {len(METHODS)}: {name}", flush=True)
         result = results[name] = train_one(name, base, train, test)
         seconds = time.perf_counter() - began
         run = load_run(OUT / name)  # what was saved, not what is in memory
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = f"{row['parameters']:,}", f"{row['share']:.1%}", before, after, f"{row['seconds']:.0f}"
         table.add_row(row["method"], *figures, f"{row['merge_loss_bfloat16']:.1%}")
     Console().print(table)
-    print("before, after: exact match; bf16 loss: share of the update that merging into bfloat16 would round away")
+    print("before, after: exact match; bf16 loss: error of rounding the merged weights to bfloat16, of the update")
     print("one seed, and each method at its own default learning rate: the order is no ranking")
     print(f"{exported} ({best}): largest difference of logits from transformers' {difference:.1e}")
     print(f"{OUT / 'demo.png'}, {OUT / 'table.json'}; {time.perf_counter() - start:.0f} s in all")

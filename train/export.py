@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = load_run(config.run, config.base, step=config.step, member=config.member, mesh=mesh_of(config.mesh))
     if config.adapter is None:
         losses, total = export_merged(config, run)
-        report("share of the update lost by rounding", "merge loss", {**losses, "all": total})
+        report("error of rounding, relative to the update", "merge loss", {**losses, "all": total})
         if quantize := run.config.model.quantize:
             print(
                 f"note: the base was quantised to {quantize}: what is written is its dequantised weights, not the"
@@ -141,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 " of the update"
             )
         if total > 0.05 and config.dtype != "float32":
-            print(f"{total:.0%} of the update is lost in this dtype; --dtype float32 keeps it")
+            print(f"rounding to this dtype is off by {total:.0%} of the update; --dtype float32 keeps it")
     elif errors := export_adapter(config, run):
-        report(f"share of the update lost by --as {config.as_}", "largest error", errors)
+        report(f"error of --as {config.as_}, relative to the update", "largest error", errors)
     print(f"written: {config.out}, from step {run.step} of {config.run}")
     if config.verify:
         difference, largest = largest_difference(config, run)

@@ -4,13 +4,12 @@
     python -m train.finetune --config train/configs/gsm8k.yaml --optim.lr 1e-3
 
 Reads from top to bottom: `finetune` prepares the base, the data, the adapters and the optimiser, then runs the loop.
-What is compiled is in step.py. Where several processes run, each goes this way, and all decide alike; the first one
+What is compiled is in program.py. Where several processes run, each goes this way, and all decide alike; the first one
 writes. The run's folder gets config.json, manifest.json, metrics.jsonl, TensorBoard events, loss.png, summary.json and
 checkpoints, the last ones and the best; from the newest the same command continues.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import signal
@@ -26,23 +25,16 @@ import optax
 import hadamax as hx
 from hadamax import paths
 from hadamax.checkpoint import Checkpoints
-from train import cli, compiling, data, flops, guard, manifest, members, metrics, optim, processes
+from train import cli, compiling, data, flops, manifest, members, metrics, processes
 from train.config import Config
+from train.group import Group, One
 from train.parsing import parse
 from train.processes import Silent, check_rows, mesh_of
 from train.profiling import Profile
+from train.program import assemble
 from train.progress import Progress, show, show_rows
 from train.resume import identity, resume
-from train.run import (
-    Base,
-    apply_of,
-    initial_trainable,
-    injection_of,
-    load_base,
-    trainable_shardings,
-    unplaced_apply_of,
-)
-from train.step import State, make_steps, placement
+from train.run import Base, injection_of, load_base, unplaced_apply_of
 from train.stopping import Best
 
 
@@ -108,50 +100,29 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     # What trains.
     injection, train_base = injection_of(config.adapter, base.model.view), config.adapter.train_base
-    group = members.Group(members.members_of(config))
-    count = len(group.members) if len(group.members) > 1 else None  # None: no axis of members
-    init = functools.partial(initial_trainable, injection=injection, train_base=train_base)
-    shapes = jax.eval_shape(init, jax.random.key(run.seed), base.params)
-    lie = trainable_shardings(base, injection, train_base)
-    shapes = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, lie)
-    _, frozen = hx.split(base.params, train_base)
-    adapters = {path: t.adapter.config for path, t in injection.targets(base.params).items()} if injection else {}
+    each = members.members_of(config)
+    group = Group(each) if len(each) > 1 else One()
     if injection is not None:
         print(injection.summary(base.params))
-    if trained := paths.leaves(shapes["base"]):
+    program = assemble(base, injection, train_base, config.optim, each, steps, run.grad_accum)
+    if trained := paths.leaves(program.shapes["base"]):
         size = sum(leaf.size for leaf in trained.values())
         print(f"base parameters that train: {', '.join(trained)} ({size:,})")
-    each = [dataclasses.replace(config.optim, lr=member.lr) for member in group.members]
-    rates = [optim.learning_rates(shapes, adapters, settings) for settings in each]
-
-    def optimizer_of(rates: Any) -> optax.GradientTransformationExtraArgs:
-        return guard.guard(optim.build(config.optim, rates, steps, count is not None), config.optim.spike)
-
-    def begin(key: jax.Array, rates: Any, params: Any) -> State:
-        trainable = init(key, params)
-        return State(trainable, optimizer_of(rates).init(trainable))
+    state, frozen, rows_at = program.begin(base.params), program.frozen, program.shardings.batch
+    if len(each) > 1:
+        members.check_seeds(state.trainable, run.seeds)
+        print(f"{len(each)} adapters at once, on the same rows: {'; '.join(map(str, each))}")
 
     # The steps, each compiled once.
-    optimizer = optimizer_of(rates[0])
-    shardings = placement(optimizer, shapes, frozen, mesh)
-    train_step, eval_step = make_steps(apply_of(base, injection), optimizer, run.grad_accum, shardings)
-    if count is None:
-        begin = jax.jit(begin, out_shardings=shardings.state)
-        state = begin(jax.random.key(run.seed), rates[0], base.params)
-    else:
-        train_step, eval_step, shardings = members.steps(train_step, eval_step, shardings)
-        begin = jax.jit(jax.vmap(begin, (0, 0, None)), out_shardings=shardings.state)
-        state = begin(members.keys(group.members), members.together(rates), base.params)
-        members.check_seeds(state.trainable, run.seeds)
-        print(f"{count} adapters at once, on the same rows: {'; '.join(map(str, group.members))}")
-    one_batch = next(data.eval_batches(train_rows, run.batch_size, shardings.batch, limit=1))  # for its shapes
-    meter = flops.meter(tokens_per_step, unplaced_apply_of(base, injection), shapes, frozen, one_batch, count or 1)
-    train_step = compiling.once("the training step", train_step)
-    eval_step = compiling.once("the evaluation step", eval_step)
+    one_batch = next(data.eval_batches(train_rows, run.batch_size, rows_at, limit=1))  # for its shapes
+    unplaced = unplaced_apply_of(base, injection)
+    meter = flops.meter(tokens_per_step, unplaced, program.shapes, frozen, one_batch, len(each))
+    train_step = compiling.once("the training step", program.train)
+    eval_step = compiling.once("the evaluation step", program.evaluate)
 
     def evaluate() -> Any:
         """Mean loss over the held-out tokens; a list where several train."""
-        rows = data.eval_batches(eval_rows, run.batch_size, shardings.batch, run.eval_rows) if eval_rows else ()
+        rows = data.eval_batches(eval_rows, run.batch_size, rows_at, run.eval_rows) if eval_rows else ()
         # One after the other: on CPU, two programs of several devices under way at once can wait for each other.
         sums = [jax.device_get(eval_step(state.trainable, frozen, batch)) for batch in rows]
         total, tokens = np.moveaxis(np.sum(sums, axis=0), -1, 0)
@@ -159,7 +130,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
 
     processes.make_shared(out)
     meta = {"config": config.to_dict(), "injection": None if injection is None else injection.to_config()}
-    meta |= {"base": identity(frozen), "members": None if count is None else list(group.members)}
+    meta |= {"base": identity(frozen), "members": list(each) if len(each) > 1 else None}
     best = Best()
     with Checkpoints(out / "checkpoints", run.keep) as checkpoints, processes.signals() as received:
         asked = optax.tree.get(state.optimizer, "rates")  # None where the program has them
@@ -169,8 +140,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         if start:
             kept = checkpoints.json(start, "meta")
             best = Best(*kept["best"])
-            if count is not None:
-                group = members.Group(group.members, **kept["group"])
+            group = Group(each, **kept["group"]) if len(each) > 1 else group
         finished = start >= steps or best.exhausted(run.patience)
         if start:
             print(f"{out} is finished" if finished else f"continuing from step {start} of {steps} in {out}")
@@ -183,10 +153,10 @@ def finetune(config: Config, base: Base | None = None) -> Result:
         with recorders[0] as log, recorders[1] as progress, tracer as profile:
 
             def evaluate_and_log() -> float:
-                losses: Any = evaluate() if count is None else group.evaluated(evaluate())
+                losses, lowest = group.evaluated(evaluate())
                 log.log(step, eval_loss=losses)
                 progress.update(step, eval_loss=losses)
-                return losses if count is None else group.lowest()
+                return lowest
 
             missed = best.last < start and due(start, run.eval_every, steps)  # a signal came
             if eval_rows is not None and not finished and (missed or not start):
@@ -203,10 +173,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                     continue
                 # The only transfers from the device: every `log_every` steps, and before an evaluation or a save.
                 fetched = jax.device_get(pending)
-                judged = fetched, step, config.optim.max_skips, saved, out
-                if count is None:
-                    guard.check(*judged)
-                figures = guard.means(fetched) if count is None else group.figures(*judged)
+                figures = group.figures(fetched, step, config.optim.max_skips, saved, out)
                 elapsed = time.perf_counter() - clock
                 if step > start + 1 and not profile.overlaps(step - len(fetched) + 1, step):  # the first step compiles
                     seconds, trained = seconds + elapsed, trained + len(fetched)
@@ -219,7 +186,7 @@ def finetune(config: Config, base: Base | None = None) -> Result:
                 finished = step == steps or best.exhausted(run.patience)
                 new_best = eval_now and best.step == step and run.patience is not None  # else it could be lost
                 if save_now or finished or new_best:
-                    meta |= {"best": best, "group": None if count is None else group.to_json()}
+                    meta |= {"best": best, "group": group.kept()}
                     position = batches.get_state()
                     checkpoints.save(step, state.trainable, state.optimizer, data=position, meta=meta, loss=eval_loss)
                     saved = step
@@ -238,25 +205,18 @@ def finetune(config: Config, base: Base | None = None) -> Result:
     if step < steps:
         print(f"stopped after step {step} of {steps}: no lower held-out loss since step {best.step} (run.patience)")
 
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     skipped = np.asarray(jax.device_get(state.optimizer.skipped))
-    one = {
-        "train_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "eval_loss_first": losses[0] if losses else None,
-        "eval_loss_last": losses[-1] if losses else None,
-    }
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.trainable)) // (count or 1)  # of one adapter
+    size = sum(leaf.size for leaf in jax.tree.leaves(program.shapes))
     total = sum(leaf.size for leaf in paths.leaves(base.params).values())
-    methods = sorted({adapter["method"] for adapter in adapters.values()}) or ["none"]
+    methods = sorted({adapter["method"] for adapter in program.adapters.values()}) or ["none"]
     summary = {
         "method": "+".join(methods),
         "trainable_parameters": size,
         "base_parameters": total,
         "trainable_share": size / total,
         "steps": step,
-        "skipped_steps": int(skipped.sum()),
         **(meter.rates(trained, seconds) if trained else {"tokens_per_second": None}),
-        **(one if count is None else group.summary(lines, skipped, best.step)),
+        **group.summary(lines, skipped, best.step),
         "eval_loss_best": best.loss,
         "best_step": best.step,
         "records": len(encoded.examples),
@@ -290,8 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = finetune(config).summary
     show({name: value for name, value in summary.items() if name != "members"}, "fine-tuning finished")
     if "members" in summary:
-        names = ("member", "seed", "lr", "train_loss", "eval_loss_last", "eval_loss_best", "best_step", "failed")
-        show_rows([{name: row[name] for name in names} for row in summary["members"]], "each adapter")
+        names = ("member", "seed", "lr", "train_loss", "eval_loss_last", "eval_loss_best", "best_step")
+        short = {name: name.replace("train_loss", "loss").replace("eval_loss_", "eval_") for name in names}
+        show_rows([{short[name]: row[name] for name in names} for row in summary["members"]], "each adapter")
+        for row in summary["members"]:
+            if row["failed"]:
+                print(f"adapter {row['member']} was left out: {row['failed']}")
 
 
 if __name__ == "__main__":

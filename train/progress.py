@@ -72,7 +72,9 @@ def show(values: Mapping[str, Any], title: str) -> None:
 
 def show_rows(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """A table with a line for each of some rows of the same names."""
-    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), no_wrap=True, justify="right")
     for row in rows:
         table.add_row(*(shown(name, value) for name, value in row.items()))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,8 @@ from hadamax import hf
 from hadamax.checkpoint import Checkpoints, DamagedError
 from hadamax.models import Decoder, DecoderConfig
 from train.config import AdapterConfig, Config, ModelConfig
-from train.members import Group, Member, select, stacked
+from train.group import Group
+from train.members import Member, select, stacked
 from train.parsing import from_dict
 from train.resume import check_base, identity, newest, say
 
@@ -85,7 +87,12 @@ def injection_of(config: AdapterConfig, view: str | None) -> hx.Injection | None
         options["rank"] = config.rank
     elif takes_rank(config.method) and not options.keys() & {"rank", "r1", "r2"}:
         options["rank"] = 32
-    adapter = hx.adapter_from_config({"method": config.method, **options})
+    try:
+        adapter = hx.adapter_from_config({"method": config.method, **options})
+    except hx.ConfigError as error:
+        if found := re.search(r"missing a required argument: '(\w+)'", str(error)):
+            raise hx.ConfigError(f"{error}; it goes into adapter.options, as '{{{found[1]}: 4}}'") from None
+        raise
     return hx.inject(dict.fromkeys(config.targets, adapter), view=view, exclude=config.exclude)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from train import cli, evaluate, export, finetune, metrics
+from train import cli, evaluate, export, finetune, metrics, program
 from train.step import make_steps
 
 
@@ -49,6 +49,12 @@ def test_success_is_silent_and_zero(run, tmp_path):
     "argv, code, message",
     [
         (["--optim.lrr", "3"], 2, "error: unknown option optim.lrr; nearest: 'optim.lr'"),
+        (["--lr", "3"], 2, "error: unknown option lr; nearest: 'optim.lr'"),
+        (["--data", "F.jsonl"], 2, "error: --data is a group of options, found 'F.jsonl'; say which: --data.train, "),
+        (["--adapter.targets", "q_proj"], 2, "error: --adapter.targets: 'q_proj' is not list; a list is written in"),
+        (["--optim.lr", "1e-3", "3e-3"], 2, "error: '3e-3' belongs to no option; a list is written in quotes and"),
+        (["--optim.lr", "[1e-3, x]"], 2, "error: --optim.lr: an entry of \"[0.001, 'x']\" is not float or null"),
+        (["--adapter.method", "boha"], 1, "error: boha: missing a required argument: 'blocks'; it goes into "),
         (["--run.steps", "many"], 2, "error: --run.steps: 'many' is not int or null"),
         (["--model.base", "no/such/model"], 1, "error: no directory at no/such/model"),
         (["--data.train", "absent.jsonl"], 1, "error: no data file absent.jsonl"),
@@ -74,6 +80,18 @@ def test_a_wrong_setting(run, argv, code, message):
     assert found == code
     assert err.startswith("error: ")
     assert message in err
+
+
+@pytest.mark.parametrize("main", [finetune.main, evaluate.main, export.main])
+def test_no_arguments_at_all(main, capsys):
+    assert cli.run(main, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: needed: --") and error.endswith("; --help has all options\n")
+
+
+def test_an_option_of_another_program(run):
+    code, err = run("--data.eval", "F", main=evaluate.main)
+    assert (code, err) == (2, "error: unknown option data.eval; nearest: 'data'")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +177,7 @@ def test_a_loss_that_is_not_a_number(run, monkeypatch):
 
         return jax.jit(bad), evaluate
 
-    monkeypatch.setattr(finetune, "make_steps", poisoned)
+    monkeypatch.setattr(program, "make_steps", poisoned)
     code, err = run()
     assert code == 1
     assert "loss is nan at step 1; stopped" in err
@@ -196,7 +214,7 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     def greedy(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr(finetune, "make_steps", greedy)
+    monkeypatch.setattr(program, "make_steps", greedy)
     code, err = run()
     assert code == 1
     assert "lower run.batch_size" in err

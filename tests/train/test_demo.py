@@ -51,7 +51,7 @@ def test_demo_writes_its_files_and_fails_only_when_transformers_disagrees(monkey
     monkeypatch.setattr(demo, "METHODS", {"hira": demo.METHODS["hira"]})
     monkeypatch.setattr(demo, "TOLERANCE", -1.0)  # so that even equal logits are refused
     with pytest.raises(SystemExit, match="gives other logits"):
-        demo.main()
+        demo.main([])
     (row,) = json.loads((out / "table.json").read_text())
     assert row["method"] == "hira"
     assert row["merge_loss_float32"] < 1e-3 < row["merge_loss_bfloat16"]

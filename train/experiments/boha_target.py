@@ -15,8 +15,9 @@ import numpy as np
 
 import hadamax as hx
 from train import cli
-from train.experiments import common, reconstruction
-from train.experiments.common import Row, fit, parameters, pivot, spectrum, svd_error, table
+from train.experiments import experiment, fitting, reconstruction
+from train.experiments.experiment import Row, pivot, table
+from train.experiments.fitting import fit, parameters, spectrum, svd_error
 
 ZERO = 1e-10  # "numerical zero", in float64
 
@@ -91,7 +92,7 @@ def spectra(
         values = spectrum(np.asarray(wanted))
         row = {"target": kind, "rank": None, "method": "the target itself", "error": 0.0}
         row |= {
-            "effective_rank": common.effective_rank(np.asarray(wanted)),
+            "effective_rank": fitting.effective_rank(np.asarray(wanted)),
             "numerical_rank": int((values > 1e-4).sum()),
         }
         rows.append(row | {"spectrum": [float(f"{value:.4g}") for value in values]})
@@ -147,9 +148,10 @@ above zero, the fit did not get there: algebra says that both can. Scale and siz
         ]
         parts.append(
             f"## What is learnt of a {kind} target\n\nEffective rank, exp of the entropy of the singular values, of the"
-            f" best update over all rates and starts:\n\n{pivot(rows, 'method', 'rank', 'effective_rank')}\n\n"
+            " best start's update at the rate of the lowest mean error:\n\n"
+            f"{pivot(rows, 'method', 'rank', 'effective_rank')}\n\n"
             f"Singular values above 1e-4 of the largest:\n\n{pivot(rows, 'method', 'rank', 'numerical_rank')}\n\n"
-            "Relative error of the best start at the rate of the lowest mean (the best of all rates may be lower):\n\n"
+            "Its relative error:\n\n"
             f"{pivot(rows, 'method', 'rank')}\n\n"
             "A high rank is no merit by itself: where the error is higher, the rank is spent elsewhere."
         )
@@ -159,22 +161,21 @@ above zero, the fit did not get there: algebra says that both can. Scale and siz
 def draw(figure: Any, results: Row) -> None:
     settings = results["exact"]["settings"]
     kinds, ranks = results["spectra"]["settings"]["kinds"], results["spectra"]["settings"]["ranks"]
-    figure.set_size_inches(14, 4)
+    figure.set_size_inches(10, 2.8)
     panels = figure.subplots(1, len(settings["blocks"]) + len(kinds))
+    styles = {"BoHA": "*", "HiRA": "o-", "ABBA": "D--", "LoRA": "kx:"}
     for axes, b in zip(panels, settings["blocks"], strict=False):
-        for color, kind in enumerate(settings["bases"]):
+        for kind in (settings["bases"][0], settings["bases"][-1]):
             rows = [row for row in results["exact"]["rows"] if row["blocks"] == b and row["base"] == kind]
-            hira = [row for row in rows if row["method"].startswith("HiRA")]
-            axes.plot(
-                [r["rank"] for r in hira], [r["error"] for r in hira], "o-", color=f"C{color}", label=f"HiRA, {kind}"
-            )
-            (boha,) = (row for row in rows if row["method"] == "BoHA")
-            axes.plot(boha["rank"], boha["error"], "*", markersize=12, color=f"C{color}", label=f"BoHA, {kind}")
-        axes.set(
-            xlabel="LoRA-equivalent rank", ylabel="relative error", yscale="log", title=f"{b} x {b} blocks of rank 1"
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+            for method, style in styles.items():
+                if method in ("ABBA", "LoRA") and kind != settings["bases"][-1]:
+                    continue  # which are much the same over every W0
+                found = [(row["rank"], row["error"]) for row in rows if row["method"].startswith(method)]
+                size = {"markersize": 9} if method == "BoHA" else {}
+                axes.plot(*zip(*found, strict=True), style, label=f"{method}, W0 {kind}", **size)
+        axes.set(xlabel="rank (budget)", ylabel="relative error", yscale="log", title=f"{b} x {b} blocks of rank 1")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
     for axes, kind in zip(panels[len(settings["blocks"]) :], kinds, strict=True):
         rank = ranks[len(ranks) // 2]
         for row in results["spectra"]["rows"]:
@@ -182,13 +183,12 @@ def draw(figure: Any, results: Row) -> None:
                 style = {"color": "black", "linestyle": ":"} if row["rank"] is None else {}
                 axes.plot(np.arange(1, len(row["spectrum"]) + 1), row["spectrum"], label=row["method"], **style)
         axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", ylim=(1e-4, 1.5))
-        axes.set_title(f"update learnt of {kind}, rank {rank}", fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.set(title=f"update, {kind}, rank {rank}")
+        axes.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    common.main("boha_target", PARTS, report, draw, argv)
+    experiment.main("boha_target", PARTS, report, draw, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 that full fine-tuning makes, are the real matrices of the other experiments.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +16,11 @@ import optax
 
 import hadamax as hx
 from train import cli
-from train.experiments import common
-from train.experiments.common import Row
+from train.experiments import descent, experiment
+from train.experiments.experiment import Row
 
 WIDTH, CLASSES = 64, 10
 LAYERS = ("hidden_1", "hidden_2", "output")
-_jit = functools.partial(jax.jit, compiler_options=common.COMPILER)
 
 
 class Split(NamedTuple):
@@ -76,16 +74,7 @@ def accuracy(params: Any, data: Split) -> jax.Array:
 
 def train(objective, trainable: Any, rate: Any, steps: int) -> tuple[Any, jax.Array]:
     """Adam along a cosine; the trained tree and the loss before each step."""
-    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, steps)))
-
-    def step(carry, _):
-        trainable, state = carry
-        value, gradient = jax.value_and_grad(objective)(trainable)
-        directions, state = optimizer.update(gradient, state)
-        return (jax.tree.map(lambda f, d: f - rate * d, trainable, directions), state), value
-
-    (trainable, _), losses = jax.lax.scan(step, (trainable, optimizer.init(trainable)), length=steps)
-    return trainable, losses
+    return descent.minimise(objective, trainable, rate, optax.cosine_decay_schedule(1.0, steps), steps)
 
 
 def pretrained(digits: Digits, seed: int = 0, rate: float = 3e-3, steps: int = 400) -> Any:
@@ -99,12 +88,12 @@ def pretrained(digits: Digits, seed: int = 0, rate: float = 3e-3, steps: int = 4
         }
         for layer, key in zip(LAYERS, keys, strict=True)
     }
-    return _jit(lambda p: train(lambda q: loss(q, digits.old_train), p, rate, steps)[0])(params)
+    return descent.jit(lambda p: train(lambda q: loss(q, digits.old_train), p, rate, steps)[0])(params)
 
 
 def finetuned(params: Any, digits: Digits, rate: float = 3e-3, steps: int = 200) -> Any:
     """All parameters trained on 8 and 9."""
-    return _jit(lambda p: train(lambda q: loss(q, digits.new_train), p, rate, steps)[0])(params)
+    return descent.jit(lambda p: train(lambda q: loss(q, digits.new_train), p, rate, steps)[0])(params)
 
 
 def difference(seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +126,7 @@ def adapt(adapted, init, digits: Digits, *, rates: Sequence[float], starts: int,
         return losses, *figures
 
     keys = jax.random.split(jax.random.key(1), starts)
-    run = _jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
+    run = descent.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
     losses, last, new, old = (np.asarray(x, np.float64) for x in run(jnp.asarray(rates), keys))
     means = np.nan_to_num(losses.mean((1, 2)), nan=np.inf)
     best = int(means.argmin())
@@ -213,13 +202,13 @@ A perceptron (64, 64, 64, 10) on scikit-learn's digits; the adapters are on all 
 alone. Mean over the starts, at each method's rate of the lowest training loss (mean of the steps). The last accuracy is
 what is left of the first task: no method sees its digits again. A toy: it says how fast each method learns here.
 
-{common.table(rows, head)}"""
+{experiment.table(rows, head)}"""
 
 
 def draw(figure: Any, results: Row) -> None:
     part = results["toy"]
     ranks = part["settings"]["ranks"]
-    figure.set_size_inches(4 * len(ranks), 3.6)
+    figure.set_size_inches(3 * len(ranks), 2.8)
     every = max(1, part["settings"]["steps"] // 50)
     for axes, rank in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
         for row in part["rows"]:
@@ -228,13 +217,12 @@ def draw(figure: Any, results: Row) -> None:
                 style = {"color": "black", "linestyle": ":"} if row["method"] == "full" else {}
                 axes.plot(steps, row["curve"], label=row["method"], **style)
         axes.set(xlabel="step", title=f"rank {rank}", yscale="log")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("training loss on 8 and 9")
+    figure.axes[0].set_ylabel("training loss on 8 and 9, mean of the starts")
     figure.axes[0].legend()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    common.main("digits", PARTS, report, draw, argv)
+    experiment.main("digits", PARTS, report, draw, argv, __doc__)
 
 
 if __name__ == "__main__":

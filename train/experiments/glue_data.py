@@ -66,12 +66,17 @@ def read(task: str, part: str) -> list[tuple[tuple[str, ...], int]]:
         DataError: a file that is not there, a line with too few columns or an unknown label.
     """
     form = TASKS[task]
-    folder = Path(os.environ.get("HADAMAX_DATA", DATA)) / "glue"
+    folder = Path(os.environ.get("HADAMAX_DATA") or DATA) / "glue"
     path = folder / f"{task}_{part}.tsv"
+    if not path.exists() and (downloaded := folder / task / f"{part}.tsv").exists():
+        path = downloaded
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no GLUE file {path.name} in {folder}; set HADAMAX_DATA to the folder above glue/") from None
+        raise DataError(
+            f"no GLUE file {path.name} in {folder}; set HADAMAX_DATA to the folder above glue/, GLUE's downloads"
+            f" ({task}/{part}.tsv) as they are"
+        ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
     records = []

@@ -18,13 +18,12 @@ import optax
 import hadamax as hx
 from hadamax.errors import DataError
 from hadamax.hf import hub, load_pretrained
-from train.experiments import common
+from train.experiments.descent import jit
 from train.experiments.glue_data import Examples, batches
 
 PACKAGED = "all-MiniLM-L6-v2"
 # (module, its kernel and bias) that stand between the last hidden state of the first token and the logits
 HEADS = {"bert": ("pooler/dense", "classifier"), "roberta": ("classifier/dense", "classifier/out_proj")}
-_jit = functools.partial(jax.jit, compiler_options=common.COMPILER)
 
 
 class Base(NamedTuple):
@@ -81,7 +80,7 @@ def first_tokens(base: Base, data: Examples, widths: Sequence[int], at_once: int
     hidden = base.model.clone(task="hidden", parent=None)
     params = {"params": {name: base.params["params"][name] for name in ("embeddings", "encoder")}}
 
-    @_jit
+    @jit
     def states(params, ids, types, lengths):
         return hidden.apply(params, ids, _mask(ids, lengths), types)[:, 0]
 
@@ -127,7 +126,7 @@ def fit_heads(base: Base, states: np.ndarray, labels: np.ndarray, seeds: Sequenc
         classifier = new(key)
         return jax.lax.scan(step, (classifier, optimizer.init(classifier)), length=steps)[0][0]
 
-    return _jit(jax.vmap(one))(jnp.stack([jax.random.key(seed) for seed in seeds]))
+    return jit(jax.vmap(one))(jnp.stack([jax.random.key(seed) for seed in seeds]))
 
 
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
@@ -201,7 +200,11 @@ def program(base: Base, recipe: Recipe) -> Program:
     stepped = jax.vmap(step, (None, 0, 0, 0, 0, 0, None, 0, None))
     predicted = jax.vmap(logits, (None, 0, 0, None, None, None))
     shapes = jax.eval_shape(init, params, jax.random.key(0), params["params"]["classifier"])[0]
-    compiled = _jit(jax.vmap(init, (None, 0, 0))), _jit(stepped, donate_argnums=(1, 2)), _jit(predicted)
+    compiled = (
+        jit(jax.vmap(init, (None, 0, 0))),
+        jit(stepped, donate_argnums=(1, 2)),
+        jit(predicted),
+    )
     return Program(params, compiled, size(shapes))
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from train.experiments import glue_fit
-from train.experiments.common import Row
+from train.experiments.experiment import Row
 from train.experiments.glue_data import TASKS, Examples, encode, read, score
 from train.experiments.glue_fit import Program, epoch_of, predict, to_end, walk
 from train.experiments.glue_methods import METHODS, VARIANTS

@@ -15,8 +15,9 @@ import numpy as np
 
 import hadamax as hx
 from train import cli
-from train.experiments import common, digits
-from train.experiments.common import Row, effective_rank, fit, parameters, pivot, svd_error, table
+from train.experiments import descent, digits, experiment, fitting
+from train.experiments.experiment import Row, pivot, table
+from train.experiments.fitting import effective_rank, fit, parameters, svd_error
 
 SYNTHETIC = ("gaussian", "uniform", "low rank + noise", "blocks", "power law")
 TYPES = (*SYNTHETIC, "fine-tuning")
@@ -112,7 +113,7 @@ def both_svd(rank: int) -> hx.Adapter:
 def gradient_norms(adapter: hx.Adapter, base: jax.Array, wanted: jax.Array, key: jax.Array) -> dict[str, float]:
     """Norm of the loss's gradient in every factor at the init."""
     factors = adapter.init(key, hx.Linear(base))
-    gradients = jax.grad(lambda f: jnp.mean((common.update(adapter, f, base) - wanted) ** 2))(factors)
+    gradients = jax.grad(lambda f: jnp.mean((fitting.update(adapter, f, base) - wanted) ** 2))(factors)
     return {name: float(jnp.linalg.norm(g)) for name, g in gradients.items()}
 
 
@@ -187,7 +188,7 @@ def stability(
     wanted = 0.1 * base_rms * jax.random.normal(keys[1], (size, size))
     x = jax.random.normal(keys[2], (4 * size, size))
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=common.COMPILER)
+    @functools.partial(descent.jit, static_argnums=0)
     def norms(adapter):
         def loss(factors):
             return jnp.mean((adapter.dot(factors, hx.Linear(base), x) - x @ (base + wanted)) ** 2)
@@ -246,8 +247,11 @@ def report(results: Row) -> str:
 learning rate, that of the lowest mean over the starts. A method of rank r has r (in + out) parameters; LoRA's optimum
 at 2r has twice as many, which ABBA's paper says that ABBA matches. The frozen W0 is a normal matrix that knows nothing
 of the target, so HiRA and BoHA, which multiply it, have no reason to do well but on unstructured targets (for targets
-tied to W0 see `hira_ablations` and `boha_target`). fine-tuning is the difference that full fine-tuning makes to a
-perceptron's kernel, over that kernel (`digits`). Sizes, steps and rates are ours; nothing here is a paper's figure."""
+tied to W0 see `hira_ablations` and `boha_target`). Sizes, steps and rates are ours; nothing here is a paper's figure.
+
+gaussian: normal entries. uniform: entries between 0 and 1, whose mean is a large rank-one part. low rank + noise: rank
+4, and a tenth of it in noise. blocks: 4 x 4 blocks of rank one. power law: singular values 1 / i. fine-tuning: the
+difference that full fine-tuning makes to a perceptron's kernel, over that kernel (`digits`)."""
     ]
     for rank, part in budgets.items():
         count = rank * 2 * size
@@ -287,43 +291,54 @@ perceptron's kernel, over that kernel (`digits`). Sizes, steps and rates are our
     return "\n\n".join(parts)
 
 
+STYLES = {
+    "LoRA, optimum": "k-",
+    "LoRA, optimum at 2r": "k:",
+    "LoRA, Adam": "kx",
+    "HiRA": "o-",
+    "BoHA b=2": "s-",
+    "BoHA r_b=1": "^-",
+    "ABBA": "D--",
+    "LoHa": "v:",
+}
+
+
 def draw(figure: Any, results: Row) -> None:
     budgets = {part["settings"]["rank"]: part for name, part in results.items() if name.startswith("rank ")}
     ranks, rows = list(budgets), [row for part in budgets.values() for row in part["rows"]]
     kinds = list(dict.fromkeys(row["target"] for row in rows))
-    figure.set_size_inches(14, 10.5)
+    figure.set_size_inches(10, 8)
     panels = figure.subplots(3, 3).flatten()
     for axes, kind in zip(panels, kinds, strict=False):
         for name in dict.fromkeys(row["method"] for row in rows):
             errors = [row["error"] for row in rows if (row["target"], row["method"]) == (kind, name)]
-            style = {"LoRA, optimum": "k-", "LoRA, optimum at 2r": "k:", "LoRA, Adam": "kx"}.get(name, "o-")
-            axes.plot(ranks, errors, style, label=name)
+            axes.plot(ranks, errors, STYLES[name], label=name)
         axes.set(title=kind, xlabel="rank (budget)", ylabel="relative error", ylim=(0, None))
         axes.set_xscale("log", base=2)
-    panels[0].legend(fontsize=7)
+    panels[0].legend()
     for kind in results["splits"]["settings"]["kinds"]:
         rows = [row for row in results["splits"]["rows"] if row["target"] == kind]
         panels[6].plot([row["r1, r2"] for row in rows], [row["error_mean"] for row in rows], "o-", label=kind)
     panels[6].set(title="ABBA: split of the rank", xlabel="r1, r2", ylabel="mean relative error", ylim=(0, None))
-    for row in results["alphas"]["rows"]:
+    for at, row in enumerate(results["alphas"]["rows"]):
         rates, means = zip(*row["sweep"], strict=True)
-        panels[7].plot(rates, [np.nan if m is None else m for m in means], "o-", label=f"alpha {row['alpha']:g}")
+        style = {"color": (0.9 - at / 9, 0.5, at / 9 + 0.1), "label": f"alpha {row['alpha']:g}"}
+        panels[7].plot(rates, [np.nan if m is None else m for m in means], "o-", **style)
     panels[7].set(title="ABBA: alpha and learning rate", xlabel="learning rate", ylabel="mean relative error")
     panels[7].set(xscale="log", ylim=(0.7, 1.1))
     for name in SCALINGS:
         rows = [row for row in results["stability"]["rows"] if row["scaling"] == name]
         norms = [np.nan if row["mean"] is None else row["mean"] for row in rows]
         panels[8].plot([row["r"] for row in rows], norms, "o-", label=f"s = {name}")
-    panels[8].set(title="ABBA: gradient norm, mean of the first steps", xlabel="r1 = r2", yscale="log")
+    panels[8].set(title="ABBA: scaling", xlabel="r1 = r2", yscale="log")
+    panels[8].set(ylabel="gradient norm, mean of the first steps", ylim=(None, 1e3 * panels[8].get_ylim()[1]))
     panels[8].set_xscale("log", base=2)
-    for axes in panels:
-        axes.grid(alpha=0.3)
     for axes in panels[6:]:
-        axes.legend(fontsize=7)
+        axes.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    common.main("reconstruction", PARTS, report, draw, argv)
+    experiment.main("reconstruction", PARTS, report, draw, argv, __doc__)
 
 
 if __name__ == "__main__":

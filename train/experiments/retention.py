@@ -1,7 +1,8 @@
 """What is left of a first task while a second is learnt: read off accuracy curves, in tables and a figure.
 
 The rows are of one method each, `way` "stage 1" or one of `WAYS`: `rate`, `first` and `second` (`spread` of the
-accuracies at the end), `curve`, and for stage 2 `chosen` (its rate has the lowest loss) and `matched` by level.
+accuracies at the end), `curve` and `curve_std` over the starts, and for stage 2 `chosen` (of the sweep of
+its rate) and `matched` by level.
 """
 
 import functools
@@ -12,11 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from train.experiments import common
-from train.experiments.common import Row
+from train.experiments import experiment
+from train.experiments.experiment import Row
 
 CONTROLS = ("LoRA", "GraLoRA")
 WAYS = ("continued", "merged, fresh")
+
+
+def position(values: np.ndarray, level: float) -> float:
+    """Where values first reach a level, between two of them as on a straight line; infinite where they never do.
+
+    Example:
+        >>> position(np.array([0.0, 0.5, 1.0]), 0.75), position(np.array([0.2]), 0.5)
+        (1.5, inf)
+    """
+    reached = np.flatnonzero(values >= level)
+    if not reached.size:
+        return math.inf
+    at = int(reached[0])
+    return at if at == 0 else float(at - 1 + (level - values[at - 1]) / (values[at] - values[at - 1]))
 
 
 def crossing(curve: np.ndarray, level: float) -> float | None:
@@ -31,14 +46,8 @@ def crossing(curve: np.ndarray, level: float) -> float | None:
         >>> crossing(np.array([[1.0, 0.0], [0.8, 0.5], [0.2, 1.0]]), 0.75), crossing(np.array([[1.0, 0.2]]), 0.5)
         (0.5, None)
     """
-    reached = np.flatnonzero(curve[:, 1] >= level)
-    if not reached.size:
-        return None
-    at = int(reached[0])
-    if at == 0:
-        return float(curve[0, 0])
-    share = (level - curve[at - 1, 1]) / (curve[at, 1] - curve[at - 1, 1])
-    return float(curve[at - 1, 0] + share * (curve[at, 0] - curve[at - 1, 0]))
+    at = position(curve[:, 1], level)
+    return None if at == math.inf else float(np.interp(at, np.arange(len(curve)), curve[:, 0]))
 
 
 def spread(values: Sequence[float] | np.ndarray) -> Row:
@@ -70,26 +79,29 @@ def rows_of(
     way: str,
     parameters: int,
     rates: Sequence[float],
-    losses: np.ndarray,
+    costs: np.ndarray,
     curves: np.ndarray,
     levels: Sequence[float] = (),
 ) -> tuple[int, list[Row]]:
-    """Which rate has the lowest loss, and a row for each rate.
+    """Which rate is the best, and a row for each rate.
 
     Args:
-        losses: `[rates]`.
-        curves: `[rates, seeds, points, 2]`, accuracies in the first and the second task; of stage 2 from its beginning.
+        costs: `[rates]`, what a rate is chosen by, the lowest: a loss, or the time until a level.
+        curves: `[rates, seeds, points, 2]`, scores in the first and the second task; of stage 2 from its beginning.
+            Of stage 1 the second may be missing.
         levels: accuracies in the second task at which what is left of the first is read; none for stage 1.
     """
-    losses = np.nan_to_num(losses, nan=np.inf)
-    chosen = int(losses.argmin())
+    costs = np.nan_to_num(costs, nan=np.inf)
+    chosen = int(costs.argmin())
     rows = []
     for at, (rate, curve) in enumerate(zip(rates, curves, strict=True)):
         row = {"method": method, "way": way, "parameters": parameters, "rate": rate, "chosen": at == chosen}
-        if at == chosen:
-            row["sweep"] = [[one, float(loss)] for one, loss in zip(rates, losses, strict=True)]
+        if at == chosen and len(rates) > 1:
+            row["sweep"] = [[one, float(cost)] for one, cost in zip(rates, costs, strict=True)]
             row["rate_at_edge"] = at in (0, len(rates) - 1)
-        row |= {"first": spread(curve[:, -1, 0]), "second": spread(curve[:, -1, 1]), "curve": curve.mean(0).tolist()}
+        row |= {"first": spread(curve[:, -1, 0]), "second": spread(curve[:, -1, 1]) if curve.shape[-1] > 1 else None}
+        row["curve"] = curve.mean(0).tolist()
+        row["curve_std"] = curve.std(0, ddof=min(1, len(curve) - 1)).tolist()
         if levels:
             row["matched"] = {str(level): matched(curve, level) for level in levels}
         rows.append(row)
@@ -120,6 +132,11 @@ def percent(value: Row | None) -> str | None:
     return None if not value else f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
 
 
+def before(row: Row) -> str:
+    """The second task's score as its stage begins, in per cent."""
+    return f"{100 * row['curve'][0][1]:.1f}"
+
+
 def at_level(row: Row, level: float) -> list[Any]:
     """Left, absolute and relative, and in how many starts the level was reached; dashes where not in all."""
     found, whole = row["matched"][str(level)], reaches(row, level)
@@ -143,19 +160,33 @@ def sections(results: Row, first: str, second: str) -> str:
         for row in chosen_rows(results, "stage 1")
     ]
     head = ("method", "parameters", "rate", first, second)
-    parts.append(f"## After stage 1, %\n\n{common.table(rows, head)}")
+    parts.append(f"## After stage 1, %\n\n{experiment.table(rows, head)}")
     choices = {
-        "the rate of the lowest loss": chosen_rows,
+        "the chosen rate": chosen_rows,
         "the rate that keeps most": functools.partial(keeping_rows, level=level),
     }
     for way, (name, choose) in itertools.product(WAYS, choices.items()):
         chosen = choose(results, way)
         rows = [
-            [row["method"], row["rate"], *at_level(row, level), percent(row["second"]), percent(row["first"])]
+            (
+                row["method"],
+                row["rate"],
+                before(row),
+                *at_level(row, level),
+                percent(row["second"]),
+                percent(row["first"]),
+            )
             for row in chosen
         ]
-        head = ("method", "rate", f"{first} at {level:.0%} of {second}", "share of stage 1", "starts that reach it")
-        table = common.table(rows, (*head, f"{second} at the end", f"{first} at the end"))
+        head = (
+            "method",
+            "rate",
+            f"{second} before",
+            f"{first} at {level:.0%} of {second}",
+            "share of stage 1",
+            "starts that reach it",
+        )
+        table = experiment.table(rows, (*head, f"{second} at the end", f"{first} at the end"))
         parts.append(f"## Stage 2, {way}, at {name}, %\n\n{table}\n\n{against(chosen, level)}")
     rows = [
         [row["method"], row["way"], row["rate"], "yes" if row["chosen"] else ""]
@@ -167,7 +198,7 @@ def sections(results: Row, first: str, second: str) -> str:
     ]
     head = ("method", "stage 2", "rate", "chosen", *(f"{first} at {one:.0%}" for one in levels))
     title = "## Every rate of stage 2: what is left where the second is learnt so far, %"
-    parts.append(f"{title}\n\n{common.table(rows, head)}")
+    parts.append(f"{title}\n\n{experiment.table(rows, head)}")
     return "\n\n".join(parts)
 
 
@@ -192,14 +223,18 @@ def against(rows: Sequence[Row], level: float) -> str:
 
 
 def draw(figure: Any, results: Row, first: str, second: str) -> None:
-    """A panel for each way: what is left of the first task over what is learnt of the second."""
-    figure.set_size_inches(9, 4)
+    """A panel for each way: what is left of the first task over what is learnt of the second, ± a standard deviation.
+
+    Args:
+        first, second: the axes: what is left, and what is learnt.
+    """
+    figure.set_size_inches(7, 3.2)
     for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS, strict=True):
         for row in chosen_rows(results, way):
-            kept, learnt = zip(*row["curve"], strict=True)
-            style = "--" if row["method"] in CONTROLS else "-"
-            axes.plot(learnt, kept, style, marker=".", label=row["method"])
-        axes.set(xlabel=f"{second} (stage 2)", title=way)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"{first} (stage 1)")
+            kept, learnt = np.array(row["curve"]).T
+            spread, style = np.array(row["curve_std"])[:, 0], "--" if row["method"] in CONTROLS else "-"
+            (line,) = axes.plot(learnt, kept, style, marker=".", label=row["method"])
+            axes.fill_between(learnt, kept - spread, kept + spread, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.set(xlabel=second, title=f"stage 2, {way}")
+    figure.axes[0].set_ylabel(first)
     figure.axes[0].legend()
