@@ -175,7 +175,7 @@ def draw(figure: Any, results: Row) -> None:
                 axes.plot(*zip(*found, strict=True), style, label=f"{method}, W0 {kind}", **size)
         axes.set(xlabel="rank (budget)", ylabel="relative error", yscale="log", title=f"{b} x {b} blocks of rank 1")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
+        axes.legend(loc="center left")
     for axes, kind in zip(panels[len(settings["blocks"]) :], kinds, strict=True):
         rank = ranks[len(ranks) // 2]
         for row in results["spectra"]["rows"]:

@@ -180,6 +180,7 @@ def draw(figure: Any, results: Row) -> None:
     names = [kind.replace(" x ", "\nx ").replace(" + ", "\n+ ").replace("-", "-\n") for kind in kinds]
     panels[0].set_xticks(range(len(kinds)), names)
     panels[0].set(xlabel="target", ylabel="relative error", title=f"R .* (A B), rank {rank}", ylim=(0, 1.35))
+    panels[0].tick_params("x", labelsize=6.5)
     panels[0].legend(ncols=2)
     for kind in kinds:
         rows = [row for row in results["splits"]["rows"] if row["target"] == kind]
