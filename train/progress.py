@@ -92,5 +92,5 @@ def shown(name: str, value: Any) -> str:
     if name.endswith(("share", "accuracy", "mfu")):
         return f"{100 * value:.4g}%"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+        return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
