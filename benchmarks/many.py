@@ -154,8 +154,8 @@ def of_time(settings: Row, rows: list[Row]) -> str:
     keys = ("method", "K", "at_once_ms", "one_by_one_ms", "ratio", "smallest", "largest")
     head = ("method", "K", "at once ms", "K x one ms", "ratio", "smallest", "largest")
     return f"""The demo's decoder, float32, rank {settings["rank"]} on the seven projections, {settings["batch"]} x
-{settings["length"]} tokens, in turns on {rows[0]["cores"]} cores ({rows[0]["device"]}); median of {settings["rounds"]}
-rounds. Of other machines only the ratios say something.
+{settings["length"]} tokens, in turns on {rows[0]["cores"]} cores ({rows[0]["device"]}); medians of {settings["rounds"]}
+rounds, of the ratio too, which is so not the quotient of its row. Of another machine only the ratios may hold.
 
 {table(([row[key] for key in keys] for row in rows), head)}"""
 

@@ -128,7 +128,7 @@ def adapt(adapted, init, digits: Digits, *, rates: Sequence[float], starts: int,
     keys = jax.random.split(jax.random.key(1), starts)
     run = descent.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
     losses, last, new, old = (np.asarray(x, np.float64) for x in run(jnp.asarray(rates), keys))
-    means = np.nan_to_num(losses.mean((1, 2)), nan=np.inf)
+    means = np.nan_to_num(losses.mean((1, 2)), nan=np.inf, posinf=np.inf)
     best = int(means.argmin())
     curve = losses[best].mean(0)
     below = np.flatnonzero(curve < 0.1)
@@ -217,7 +217,7 @@ def draw(figure: Any, results: Row) -> None:
                 style = {"color": "black", "linestyle": ":"} if row["method"] == "full" else {}
                 axes.plot(steps, row["curve"], label=row["method"], **style)
         axes.set(xlabel="step", title=f"rank {rank}", yscale="log")
-    figure.axes[0].set_ylabel("training loss on 8 and 9, mean of the starts")
+    figure.axes[0].set_ylabel("training loss, mean of starts")
     figure.axes[0].legend()
 
 

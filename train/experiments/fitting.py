@@ -101,7 +101,7 @@ def fit(
     updates = np.asarray(run(bases, targets, jnp.asarray(rates, bases.dtype), keys), np.float64)
     wanted = np.asarray(targets, np.float64)
     errors = np.linalg.norm(updates - wanted[:, None, None], axis=(-2, -1))
-    errors = np.nan_to_num(errors / np.linalg.norm(wanted, axis=(-2, -1))[:, None, None], nan=np.inf)
+    errors = np.nan_to_num(errors / np.linalg.norm(wanted, axis=(-2, -1))[:, None, None], nan=np.inf, posinf=np.inf)
     at = np.arange(len(wanted))
     best = errors.mean(-1).argmin(-1)
     return Fits(errors, updates[at, best, errors[at, best].argmin(-1)], tuple(rates))

@@ -140,9 +140,9 @@ LoHa, HiRA, ABBA and BoHA adapt queries and values at the budget of LoRA's rank 
 Six learning rates of each method, half a decade apart, are tried on {SWEPT}: {part["examples"]} of the training
 examples for {part["epochs"]} epochs, judged by the loss of {part["held_out"]} others. The other tasks take the rates of
 {SWEPT}, since so short a training teaches nothing of them and the lowest loss is then that of a constant (seen for full
-fine-tuning). Training loss: the mean of the last epoch's steps. Seconds are those of training all seeds at once, on a
-machine that did other work as well: not for comparing. A small model and little data: nothing here is the paper's
-result."""
+fine-tuning). Training loss: the mean of the last epoch's steps (of the classifier alone, after its training). Seconds
+are those of training all seeds at once, on a machine that did other work as well: not for comparing. A small model and
+little data: nothing here is the paper's result."""
     ]
     for task, form in TASKS.items():
         rows = rows_of(results, task, ["classifier alone", *METHODS])
@@ -217,7 +217,8 @@ def draw(figure: Any, results: Row) -> None:
             axes.errorbar(x, row["mean"], row["std"], label=row["method"], **style)
         for row in rows_of(results, task, ["classifier alone"]):
             axes.axhline(row["mean"], color="gray", linestyle=":", label="classifier alone")
-        axes.set(title=task, xlabel="trainable parameters", ylabel=METRICS[form.metric], xscale="log")
+        axes.set(title=task, xlabel="trainable parameters (equal ones side by side)", xscale="log")
+        axes.set_ylabel(METRICS[form.metric])
     for at, task in enumerate(ANALYSED):
         if not (rows := rows_of(results, task, ["layers"])):
             continue

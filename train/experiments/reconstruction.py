@@ -246,8 +246,9 @@ def report(results: Row) -> str:
 {size} x {size} targets, entries of mean square 1; relative error (Frobenius) of the best start at each cell's own
 learning rate, that of the lowest mean over the starts. A method of rank r has r (in + out) parameters; LoRA's optimum
 at 2r has twice as many, which ABBA's paper says that ABBA matches. The frozen W0 is a normal matrix that knows nothing
-of the target, so HiRA and BoHA, which multiply it, have no reason to do well but on unstructured targets (for targets
-tied to W0 see `hira_ablations` and `boha_target`). Sizes, steps and rates are ours; nothing here is a paper's figure.
+of the target (but for fine-tuning, below), so HiRA and BoHA, which multiply it, have no reason to do well but on
+unstructured targets (for targets tied to W0 see `hira_ablations` and `boha_target`). Sizes, steps and rates are ours;
+nothing here is a paper's figure.
 
 gaussian: normal entries. uniform: entries between 0 and 1, whose mean is a large rank-one part. low rank + noise: rank
 4, and a tenth of it in noise. blocks: 4 x 4 blocks of rank one. power law: singular values 1 / i. fine-tuning: the
@@ -267,7 +268,8 @@ difference that full fine-tuning makes to a perceptron's kernel, over that kerne
                 norms = next(row["gradient_norms"] for row in rows if row["init"] == init)
                 lines.append((init, *norms.values()))
             head = ("init: gradient norm at step 0 in", *rows[0]["gradient_norms"])
-            parts.append(f"{table(lines, head)}\n\nAn error of 1 is an update that stayed zero.")
+            of = f"The gradients are of the {rows[0]['target']} target. An error of 1 is an update that stayed zero."
+            parts.append(f"{table(lines, head)}\n\n{of} Power law is another draw here than in the tables above.")
     found = results["alphas"]["settings"]
     lines = [(row["alpha"], *(mean for _, mean in row["sweep"])) for row in results["alphas"]["rows"]]
     parts.append(

@@ -91,7 +91,7 @@ def rows_of(
             Of stage 1 the second may be missing.
         levels: accuracies in the second task at which what is left of the first is read; none for stage 1.
     """
-    costs = np.nan_to_num(costs, nan=np.inf)
+    costs = np.nan_to_num(costs, nan=np.inf, posinf=np.inf)
     chosen = int(costs.argmin())
     rows = []
     for at, (rate, curve) in enumerate(zip(rates, curves, strict=True)):

@@ -214,7 +214,8 @@ advance; "Announce.", rotate and capitalise), then two for its length ("Measure.
 budget on all seven projections and {seeds} starts, each with an order of records of its own. Exact match on
 {settings["tests"]} unseen strings of each family, mean ± standard deviation over the starts. The rate of stage 1 is
 that of its lowest loss; stage 2 begins from those starts. Its rate decides what is forgotten at equal accuracy too: the
-tables have that of its lowest loss and, of the four, the one that keeps most (chosen by what it keeps, so a bound).
+tables have that of its lowest loss and, of the four, the one that keeps most where every start gets
+there (chosen by what it keeps, so a bound).
 Matched: the accuracy in the first family where that in the second first is {level:.0%}, straight between evaluations,
 one every {settings["every"]} steps; a dash where not every start gets there. LoRA and GraLoRA are the controls without
 W0. The second family and the rates of stage 2 were set after looking at runs of single starts: a first choice (digits)

@@ -197,13 +197,13 @@ classifier, trained on the encoder as its stage begins and frozen then. {first}:
 {settings["dev_examples"]} of its dev set.
 {second}: Matthews' correlation **on the examples it is trained on**, since nothing that generalises is learnt from so
 few (a first run of LoRA, on 768, stayed below 0.08 on the dev set; sizes and levels were set after it and one more of
-LoRA). Mean ± standard deviation over the starts. The rate
-of stage 1 is the one that `glue` chose on {first} (GraLoRA's is LoRA's). Of stage 2 three are tried: chosen is
-the one that reaches the last level in the fewest epochs, and tables also have the one that keeps most (picked by what
-it keeps, so a bound). Stage 2 begins above zero: with what a classifier alone fits of so few examples. Matched: the
-accuracy in the first task where the correlation in the second first is {settings["levels"][-1]:.0%}, straight
-between {settings["points"][1]} evaluations; a dash where not every start gets there. LoRA and GraLoRA are the controls
-without W0. A small model, very little data and a protocol of ours: nothing here is the paper's result.
+LoRA). Mean ± standard deviation over the starts. The rate of stage 1 is the one that `glue` chose on {first} (GraLoRA's
+is LoRA's). Of stage 2 three are tried: chosen is the one that reaches the last level in the fewest epochs, and tables
+also have the one that keeps most where every start gets there (picked by what it keeps, so a bound). Stage 2 begins
+above zero: with what a classifier alone fits of so few examples. Matched: the accuracy in the first task where the
+correlation in the second first is {settings["levels"][-1]:.0%}, straight between {settings["points"][1]} evaluations; a
+dash where not every start gets there. Methods differ after stage 1: see the share of it. LoRA and GraLoRA are the
+controls without W0. A small model, very little data and a protocol of ours: nothing here is the paper's result.
 
 {retention.sections(results, first, second)}"""
 
