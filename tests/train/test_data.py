@@ -41,7 +41,7 @@ def test_an_array_and_lines_read_alike(tmp_path):
         ("", "holds no records"),
         ("\n\n", "holds no records"),
         ("[]", "holds no records"),
-        ('{"a": 1}\n{"a": \n', r":2: malformed JSON: .* a line holds one record"),
+        ('{"a": 1}\n{"a": \n', r":2: malformed JSON: .* give a record a line"),
         ('[\n {"a": 1},\n {"a" 2}\n]', r":3: malformed JSON"),
         ('{"a": 1}\n[1]\n', r":2: a record should be an object, found list"),
         ('[{"a": 1}, 3]', r"record 2: a record should be an object, found int"),
