@@ -10,7 +10,8 @@ import pytest
 import hadamax as hx
 from benchmarks import many
 from hadamax.errors import CheckpointError
-from train.config import UsageError
+from train import demo
+from train.config import ModelConfig, UsageError
 from train.experiments import (
     boha_target,
     digits,
@@ -22,6 +23,7 @@ from train.experiments import (
     sequential,
     sequential_glue,
 )
+from train.run import load_base
 
 TINY = {"rates": [0.03, 0.1, 0.3], "starts": 2, "steps": 150, "seed": 0}
 
@@ -202,6 +204,20 @@ def test_committed_results_are_whole_and_hold_the_settings_of_the_code(module):
     settings = {part: json.loads(json.dumps(values)) for part, (_, values) in module.PARTS.items()}
     assert {part: result["settings"] for part, result in results.items()} == settings
     assert (experiment.RESULTS / f"{name}.md").read_text().startswith(module.report(results).strip())
+
+
+def test_several_adapters_are_compiled_from_shapes_as_from_arrays():
+    base = load_base(ModelConfig(str(demo.BASE)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), base.params)
+    programs = []
+    for params in (base.params, shapes):
+        made = many.program(base._replace(params=params), "LoRA", 2, 2)
+        state = jax.eval_shape(made.begin, params)
+        state = jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state, made.shardings.state)
+        programs.append(made.train.lower(state, made.frozen, many.rows_of(1, 8, made)).as_text())
+    assert programs[0] == programs[1]
+    (row,) = many.times(["LoRA"], [2], rank=2, batch=1, length=8, rounds=1)
+    assert (row["method"], row["K"]) == ("LoRA", 2) and row["smallest"] == row["ratio"] == row["largest"]
 
 
 def test_effective_rank_of_a_product_of_orthogonal_matrices_is_its_size():

@@ -232,9 +232,9 @@ def draw(figure: Any, results: Row, first: str, second: str) -> None:
     for axes, way in zip(figure.subplots(1, len(WAYS), sharey=True), WAYS, strict=True):
         for row in chosen_rows(results, way):
             kept, learnt = np.array(row["curve"]).T
-            spread, style = np.array(row["curve_std"])[:, 0], "--" if row["method"] in CONTROLS else "-"
+            std, style = np.array(row["curve_std"])[:, 0], "--" if row["method"] in CONTROLS else "-"
             (line,) = axes.plot(learnt, kept, style, marker=".", label=row["method"])
-            axes.fill_between(learnt, kept - spread, kept + spread, color=line.get_color(), alpha=0.12, linewidth=0)
+            axes.fill_between(learnt, kept - std, kept + std, color=line.get_color(), alpha=0.12, linewidth=0)
         axes.set(xlabel=second, title=f"stage 2, {way}")
     figure.axes[0].set_ylabel(first)
     figure.axes[0].legend()
